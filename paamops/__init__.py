@@ -1,0 +1,1 @@
+"""paamops: fused kernels and methods for filter pruning of convolutional networks in PyTorch."""
