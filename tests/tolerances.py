@@ -1,4 +1,4 @@
-"""The one tolerance table. A reference in float64 decides; what a test allows is the rounding of the dtype it computes in.
+"""The one tolerance table. A reference in float64 decides; a test allows the rounding of the dtype it computes in.
 
 `TOLERANCE[dtype]` serves elementwise results. Sums over n terms are accumulated in float32 (float64 for float64), so
 their relative error does not grow with the input's dtype: compare those with `TOLERANCE[accumulator(dtype)]`.

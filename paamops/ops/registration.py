@@ -32,7 +32,8 @@ def define(schema, *, reference, fake, setup_context=None, backward=None):
 
     schema: "name(Tensor x, float p) -> Tensor", functional. reference: the pure-torch statement of the formula.
     fake: shapes and dtypes only. backward, setup_context: as for `torch.library.register_autograd`; a backward is an op
-    too. The Triton launch is `triton_kernels/<name>.py:<name>`, found by the name; it is imported at its first call.
+    too. The Triton launch is the function `<name>` in `triton_kernels/<op>.py`, where `<op>` is the name without
+    `_backward`: it is found by the name and imported at its first call.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
@@ -64,12 +65,13 @@ def build_info():
     }
 
 
+def _triton_module(name):
+    return f"paamops.triton_kernels.{name.removesuffix('_backward')}"
+
+
 def _has_triton_kernel(name):
-    return (
-        importlib.util.find_spec("triton") is not None
-        and importlib.util.find_spec(f"paamops.triton_kernels.{name}") is not None
-    )
+    return importlib.util.find_spec("triton") is not None and importlib.util.find_spec(_triton_module(name)) is not None
 
 
 def _triton_kernel(name):
-    return getattr(importlib.import_module(f"paamops.triton_kernels.{name}"), name)
+    return getattr(importlib.import_module(_triton_module(name)), name)
