@@ -1,1 +1,38 @@
-"""paamops: fused kernels and methods for filter pruning of convolutional networks in PyTorch."""
+"""paamops: fused kernels and methods for filter pruning of convolutional networks in PyTorch.
+
+channels = paamops.trace(model, example_inputs)          what can be removed, with what, at which cost
+scores   = paamops.score(model, channels, inputs)        one number per filter
+keep     = paamops.select(channels, scores, params=0.5)  which channel sets stay, under a budget
+small    = paamops.pack(model, channels, keep)           a smaller dense network
+"""
+
+from paamops.channels import ChannelMap, Cost
+from paamops.ops.activation_attention import activation_attention
+from paamops.ops.cumulative_threshold import cumulative_threshold
+from paamops.ops.pack_channels import pack_channels
+from paamops.ops.registration import build_info
+from paamops.ops.relu_attention import relu_attention
+from paamops.packing import PackingError, mask, pack
+from paamops.scoring import ActivationAttention, score
+from paamops.selection import Selection, select
+from paamops.tracing import trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationAttention",
+    "ChannelMap",
+    "Cost",
+    "PackingError",
+    "Selection",
+    "activation_attention",
+    "build_info",
+    "cumulative_threshold",
+    "mask",
+    "pack",
+    "pack_channels",
+    "relu_attention",
+    "score",
+    "select",
+    "trace",
+]

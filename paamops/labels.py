@@ -1,0 +1,73 @@
+"""Labels: which channel every element of a tensor belongs to, carried along by the same ATen ops as the tensor.
+
+A *field* is an int64 tensor of the shape of the tensor it describes, with stride 0 along every dimension along which
+the label does not change, so that spatial sizes and the batch cost nothing. A label is the number of one index of one
+axis of one parameter or buffer; FIXED marks what is no channel (a constant, the padding of a channel axis). An
+activation carries one field, a parameter one for each of its axes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+FIXED = -1
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known of one tensor."""
+
+    fields: tuple = ()
+    parameter: str | None = None  # the name of the parameter or buffer that this tensor is, as it is stored
+    axes: tuple = ()  # of such a parameter: the axis that each dimension is
+    pending: frozenset = frozenset()  # calls of layers whose filters it carries, and that nothing has read yet
+
+
+def of_parameter(name, vectors, shape):
+    """The labels of a parameter whose axis d has the labels `vectors[d]`.
+
+    An axis of size 1 of several is there to be broadcast, and bears none.
+    """
+    fields = (on_vector(v, d, shape) for d, v in enumerate(vectors) if shape[d] > 1 or len(shape) == 1)
+    return Labels(tuple(fields), name, tuple(range(len(shape))))
+
+
+def varies(field, dim):
+    return field.size(dim) > 1 and field.stride(dim) != 0
+
+
+def varying(field):
+    """The dimensions along which the label changes."""
+    return tuple(d for d in range(field.dim()) if varies(field, d))
+
+
+def core(field, keep=()):
+    """The field with every dimension along which it does not change cut to size 1, but for those in `keep`."""
+    for d in range(field.dim()):
+        if d not in keep and field.size(d) > 1 and field.stride(d) == 0:
+            field = field.narrow(d, 0, 1)
+    return field
+
+
+def settle(field):
+    """The same field with stride 0 wherever the label does not change, as every field must have it."""
+    shape = field.shape
+    for d in range(field.dim()):
+        if varies(field, d) and torch.equal(core(field), core(field.narrow(d, 0, 1)).expand_as(core(field))):
+            field = field.narrow(d, 0, 1)
+    return field.expand(shape)
+
+
+def on_vector(vector, dim, shape):
+    """The field of `shape` whose label changes along `dim` alone, as `vector` says."""
+    view = [1] * len(shape)
+    view[dim] = -1
+    return vector.reshape(view).expand(shape)
+
+
+def resized(field, shape):
+    """The field at another `shape` of as many dimensions; it may not change along those whose size differs."""
+    for d, size in enumerate(shape):
+        if field.size(d) != size:
+            field = field.narrow(d, 0, 1)
+    return field.expand(shape)
