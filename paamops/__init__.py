@@ -6,6 +6,7 @@ keep     = paamops.select(channels, scores, params=0.5)  which channel sets stay
 small    = paamops.pack(model, channels, keep)           a smaller dense network
 """
 
+from paamops import data, models
 from paamops.channels import ChannelMap, Cost
 from paamops.ops.activation_attention import activation_attention
 from paamops.ops.cumulative_threshold import cumulative_threshold
@@ -13,6 +14,7 @@ from paamops.ops.pack_channels import pack_channels
 from paamops.ops.registration import build_info
 from paamops.ops.relu_attention import relu_attention
 from paamops.packing import PackingError, mask, pack
+from paamops.saving import load, save
 from paamops.scoring import ActivationAttention, score
 from paamops.selection import Selection, select
 from paamops.tracing import trace
@@ -28,10 +30,14 @@ __all__ = [
     "activation_attention",
     "build_info",
     "cumulative_threshold",
+    "data",
+    "load",
     "mask",
+    "models",
     "pack",
     "pack_channels",
     "relu_attention",
+    "save",
     "score",
     "select",
     "trace",

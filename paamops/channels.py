@@ -160,13 +160,7 @@ class ChannelMap:
                 continue
             k = number[call["weight"]]
             rows = component[self.layers[k].rows.numpy()]
-            for place, labels in reversed(call["activations"]):  # the last one that carries them all
-                labels = labels.numpy()
-                channels = np.where(labels < 0, -1, component[labels])
-                pairs = _positions(rows, channels)
-                if pairs is not None:
-                    break
-            row, source = pairs
+            place, channels, (row, source) = _activation(call["activations"], rows, component)
             if place not in starts:
                 starts[place] = size
                 self.places.append(place)
@@ -306,6 +300,17 @@ class ChannelMap:
     def __repr__(self):
         free = int((~self.pinned).sum())
         return f"ChannelMap({len(self.layers)} layers, {len(self.sets)} filters, {len(self.pinned)} sets, {free} free)"
+
+
+def _activation(candidates, rows, component):
+    """The last candidate that carries all filters `rows`: its place, its channels, and who is who."""
+    for place, labels in reversed(candidates):  # the first of them is the layer's own output, which carries them all
+        labels = labels.numpy()
+        channels = np.where(labels < 0, -1, component[labels])
+        pairs = _positions(rows, channels)
+        if pairs is not None:
+            return place, channels, pairs
+    raise AssertionError("a layer's output does not carry its filters")
 
 
 def _positions(rows, channels):

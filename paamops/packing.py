@@ -112,11 +112,11 @@ def fit_sizes(module):
     if isinstance(module, nn.modules.conv._ConvNd):
         first, second = weight.shape[:2]
         if module.transposed:
-            if module.groups == module.in_channels == module.out_channels:
+            if 1 < module.groups == module.in_channels == module.out_channels:
                 module.groups = first
             module.in_channels, module.out_channels = first, second * module.groups
         else:
-            if module.groups == module.in_channels:  # depthwise: a group for every channel that is left
+            if 1 < module.groups == module.in_channels:  # depthwise: a group for every channel that is left
                 module.groups = first // (module.out_channels // module.in_channels)
             module.in_channels, module.out_channels = second * module.groups, first
     elif isinstance(module, nn.Linear):
@@ -149,10 +149,12 @@ def verify(model, channels, keep, indices):
         try:
             tracer = _run(channels, model, model, tensors, vectors, channels.example_inputs)
         except tracing.ForwardError as error:
-            fed = f" after layer {error.layer!r}" if error.layer else ""
+            layers = dict.fromkeys(name for label in error.labels for name in channels.layer_of_component(label))
+            names = ", ".join(repr(name) for name in layers)
+            advice = f": it is fed by {names}; pin what feeds it, as in trace(model, inputs, pinned=({names},))"
             raise PackingError(
-                f"the packed network does not run: {error.op}{fed}: {error}. The forward pass has a size written into"
-                f" it; pin what feeds it, as in trace(model, inputs, pinned=({error.layer!r},))"
+                f"the packed network does not run, in {error.op}: {error}. The forward pass has a size written into it"
+                + (advice if names else "")
             ) from error
     # Where one channel is left, it looks like one that is broadcast: what met there is taken to be right.
     same = tracing.components(tracer.weak, max(int(c.max()) for axes in channels.components.values() for c in axes) + 1)

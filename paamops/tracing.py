@@ -21,19 +21,19 @@ NOTHING = Labels()
 
 
 class ForwardError(RuntimeError):
-    """The model's forward pass failed; `op` is the ATen op that was running, `layer` the last layer before it."""
+    """The model's forward pass failed; `op` is the ATen op that ran last, `labels` what its activations carried."""
 
-    def __init__(self, error, op, layer):
+    def __init__(self, error, op, labels):
         super().__init__(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-        self.op, self.layer = op, layer
+        self.op, self.labels = op, labels
 
 
 class Tracer(TorchDispatchMode):
     """Follows the labels of `tensors` (name -> parameter or buffer) through the ATen ops that run inside the mode.
 
-    `vectors`: name -> for every axis the labels of its indices, int64. What it finds: `edges` (pairs of arrays of labels
-    that are one, with the op that said so; `weak` where both stand in a dimension of size 1), `pins` (arrays of labels
-    that stay, with the reason), `layers` (weight name -> Layer) and `calls` (one for every call of a layer).
+    `vectors`: name -> for every axis the labels of its indices, int64. What it finds: `edges` (pairs of arrays of
+    labels that are one, with the op that said so; `weak` where both stand in a dimension of size 1), `pins` (arrays of
+    labels that stay, with the reason), `layers` (weight name -> Layer) and `calls` (one for every call of a layer).
     """
 
     def __init__(self, tensors, vectors, depthwise=None):
@@ -47,14 +47,14 @@ class Tracer(TorchDispatchMode):
         self.read_axes = {}  # weight name -> its axes that read channels
         self.closed = set()  # calls whose output something has read
         self.counts = {}  # how often each op ran
-        self.op = None
+        self.op, self.inputs = None, []  # the op that runs, and its tensors
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self.op = op
+        self.op, self.inputs = op, self.tensors(args, kwargs)
         out = op(*args, **kwargs)
         self.counts[op] = self.counts.get(op, 0) + 1
-        if any(t in self.known for t in self.tensors(args, kwargs)):
+        if any(t in self.known for t in self.inputs):
             rules.find(op)(self, op, args, kwargs, out)
         return out
 
@@ -219,8 +219,12 @@ def follow(tracer, model, inputs):
         with torch.no_grad(), tracer:
             outputs = model(*args, **kwargs)
     except Exception as error:
-        layer = tracer.layers[tracer.calls[-1]["weight"]].name if tracer.calls else None
-        raise ForwardError(error, tracer.op or "its own code", layer) from error
+        known = [tracer.labels_of(tensor) for tensor in tracer.inputs]
+        fields = [lb.core(f).flatten() for each in known if each.parameter is None for f in each.fields]
+        labels = torch.cat(fields).unique().tolist() if fields else []
+        raise ForwardError(error, tracer.op or "its own code", labels) from error
+    finally:
+        tracer.inputs = []
     for output in leaves(outputs):
         tracer.pin_tensor(output, "an output of the model")
 

@@ -1,0 +1,219 @@
+"""The law: a packed network computes what its masked twin does, and costs what the trace says."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import paamops
+from tests import networks
+from tests.tolerances import NETWORK_TOLERANCE
+
+
+def random_keep(channels, share):
+    """A random keep mask that removes no pinned set and empties no layer."""
+    scores = torch.rand(len(channels.sets))
+    return channels.guarded(channels.set_scores(scores)) | (torch.rand(len(channels.pinned)) < share)
+
+
+def check_law(model, inputs, keep, channels):
+    small, twin = paamops.pack(model, channels, keep), paamops.mask(model, channels, keep)
+    with torch.no_grad():
+        torch.testing.assert_close(small(*inputs), twin(*inputs), **NETWORK_TOLERANCE[torch.float32])
+    cost, again = channels.cost(keep), paamops.trace(small, inputs).cost()
+    assert cost.params == sum(p.numel() for p in small.parameters())
+    assert cost.bytes == sum(t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers()))
+    assert cost[:3] == again[:3]
+    return small
+
+
+@pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.__name__)
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.8])
+def test_pack_equals_mask(network, share):
+    model, inputs = networks.make(network)
+    channels = paamops.trace(model, inputs)
+    for _ in range(2):
+        check_law(model, inputs, random_keep(channels, share), channels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.__name__)
+def test_pack_equals_mask_often(network):
+    for _ in range(40):
+        model, inputs = networks.make(network)
+        channels = paamops.trace(model, inputs)
+        check_law(model, inputs, random_keep(channels, float(torch.rand(()))), channels)
+
+
+BUILT_IN = [
+    ("lenet5", 1, 28), ("resnet20", 3, 32), ("vgg16", 3, 32),
+    *(pytest.param(f"resnet{depth}", 3, 32, marks=pytest.mark.slow) for depth in (32, 44, 56, 110)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "in_channels", "side"), BUILT_IN)
+def test_pack_equals_mask_on_the_papers_networks(name, in_channels, side):
+    model = paamops.models.build(name, in_channels=in_channels, num_classes=10).eval()
+    inputs = (torch.randn(2, in_channels, side, side),)
+    channels = paamops.trace(model, inputs)
+    small = check_law(model, inputs, random_keep(channels, 0.5), channels)
+    # Every convolution can be pruned, those in the residual stream too.
+    free = {layer.name for layer in channels.layers} - {channels.layers[-1].name}
+    unpinned = {channels.layers[k].name for k in channels.filters[~channels.pinned[channels.sets]].unique().tolist()}
+    assert unpinned == free
+    assert sum(p.numel() for p in small.parameters()) < 0.6 * channels.cost().params
+
+
+def test_keeping_all_changes_nothing():
+    model, inputs = networks.make(networks.Residual)
+    channels = paamops.trace(model, inputs)
+    same = paamops.pack(model, channels, torch.ones_like(channels.pinned))
+    assert torch.equal(same(*inputs), model(*inputs))
+
+
+def test_the_model_is_untouched_and_nothing_is_shared():
+    model, inputs = networks.make(networks.Residual)
+    before = copy.deepcopy(model.state_dict())
+    channels = paamops.trace(model, inputs)
+    small = paamops.pack(model, channels, random_keep(channels, 0.5))
+    assert model.a.in_channels == 8
+    with torch.no_grad():
+        for tensor in (*small.parameters(), *small.buffers()):
+            tensor.zero_()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_what_a_model_carries_is_preserved():
+    model, inputs = networks.make(networks.Residual)
+    model = model.to(memory_format=torch.channels_last).train()
+    model.norms[0].eval()
+    model.stem.requires_grad_(False)
+    calls = []
+    model.a.register_forward_hook(lambda *_: calls.append(1))
+    channels = paamops.trace(model, inputs)
+    small = paamops.pack(model, channels, random_keep(channels, 0.5))
+    assert [m.training for m in small.modules()] == [m.training for m in model.modules()]
+    assert [p.requires_grad for p in small.parameters()] == [p.requires_grad for p in model.parameters()]
+    assert small.b.weight.is_contiguous(memory_format=torch.channels_last)
+    calls.clear()
+    small(*inputs)
+    assert calls == [1]
+    assert small.a.out_channels == len(small.a.weight) == small.b.in_channels == small.norms[1].num_features
+
+
+def test_tied_weights_stay_tied():
+    model, inputs = networks.make(networks.Repeated)
+    channels = paamops.trace(model, inputs)
+    small = paamops.pack(model, channels, random_keep(channels, 0.5))
+    assert small.one.weight is small.other.weight
+
+
+def test_a_packed_network_trains():
+    model, inputs = networks.make(networks.Depthwise)
+    channels = paamops.trace(model, inputs)
+    small = paamops.pack(model, channels, random_keep(channels, 0.5)).train()
+    before = small.stem.weight.detach().clone()
+    optimizer = torch.optim.SGD(small.parameters(), 0.1)
+    small(*inputs).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(small.stem.weight, before)
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in small.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes(dtype):
+    model, inputs = networks.make(networks.Residual)
+    model, inputs = model.to(dtype), tuple(x.to(dtype) for x in inputs)
+    channels = paamops.trace(model, inputs)
+    keep = random_keep(channels, 0.5)
+    small = paamops.pack(model, channels, keep)
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    expected = paamops.mask(model, channels, keep)(*inputs)
+    torch.testing.assert_close(small(*inputs), expected, **NETWORK_TOLERANCE[dtype])
+
+
+class WrittenSize(nn.Module):
+    """The forward pass says how many channels the first layer has."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Linear(8 * 9, 4)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu().view(-1, 72))
+
+
+class WrittenPositions(nn.Module):
+    """It splits channels into groups of a fixed size: a smaller network still runs, but on other channels."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x):
+        y = self.first(x)
+        n, _, h, w = y.shape
+        return self.second(y.view(n, -1, 2, h, w).transpose(1, 2).reshape(n, -1, h, w))
+
+
+def test_sizes_written_into_the_forward_pass_are_refused():
+    model, x = WrittenSize().eval(), torch.randn(2, 3, 5, 5)
+    before = copy.deepcopy(model.state_dict())
+    channels = paamops.trace(model, x)
+    keep = torch.ones_like(channels.pinned)
+    keep[0] = False
+    with pytest.raises(paamops.PackingError, match=r"does not run, in aten.*fed by 'first'; pin .*pinned=\('first',\)"):
+        paamops.pack(model, channels, keep)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert paamops.trace(model, x, pinned="first").pinned[:8].all()
+
+
+def test_a_split_is_followed_along_its_free_part():
+    model, x = WrittenPositions().eval(), torch.randn(2, 3, 5, 5)
+    channels = paamops.trace(model, x)
+    check_law(model, (x,), random_keep(channels, 0.5), channels)
+    assert channels.sets[:8].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_the_check_sees_channels_that_meet_the_wrong_ones():
+    """As if the trace had mistaken the order of a layer's filters: every shape fits, but not what stands there."""
+    model, inputs = networks.make(networks.Split)
+    channels = paamops.trace(model, inputs)
+    keep = torch.ones_like(channels.pinned)
+    keep[channels.sets[channels.offsets[2]]] = False
+    paamops.pack(model, channels, keep)
+    filters, *others = channels.components["three.weight"]
+    channels.components["three.weight"] = (filters[::-1].copy(), *others)
+    with pytest.raises(paamops.PackingError, match=r"three.*brings together what the trace keeps apart"):
+        paamops.pack(model, channels, keep)
+
+
+def test_bad_keep_is_a_clear_error():
+    model, inputs = networks.make(networks.Residual)
+    channels = paamops.trace(model, inputs)
+    keep = torch.ones_like(channels.pinned)
+    with pytest.raises(ValueError, match=r"keep is torch.float32 of shape \(40,\); it must be a bool tensor"):
+        paamops.pack(model, channels, keep.float())
+    with pytest.raises(ValueError, match=r"keep removes channel set \d+, which is pinned: head"):
+        paamops.pack(model, channels, ~channels.pinned)
+    emptied = keep.clone()
+    emptied[channels.sets[channels.offsets[1] : channels.offsets[2]]] = False
+    with pytest.raises(ValueError, match="removes every channel of a; at least one must stay"):
+        paamops.pack(model, channels, emptied)
+    other, _ = networks.make(networks.Plain)
+    with pytest.raises(ValueError, match="model is not the traced network"):
+        paamops.pack(other, channels, keep)
+
+
+def test_mask_zeroes_reads_alone():
+    model, inputs = networks.make(networks.Residual)
+    channels = paamops.trace(model, inputs)
+    keep = torch.ones_like(channels.pinned)
+    keep[channels.sets[0]] = False  # a channel of the stream
+    twin = paamops.mask(model, channels, keep)
+    assert (twin.a.weight[:, 0] == 0).all()
+    assert (twin.project.weight[:, 0] == 0).all()
+    assert torch.equal(twin.stem.weight, model.stem.weight)
+    assert torch.equal(twin.a.weight[:, 1:], model.a.weight[:, 1:])
