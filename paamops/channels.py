@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.sparse import csr_array
+
+from paamops.labels import components
 
 
 @dataclass(frozen=True)
@@ -48,8 +51,6 @@ class ChannelMap:
     """
 
     def __init__(self, tracer, model, tensors, example_inputs, total, batch):
-        from paamops.tracing import components
-
         self._model = weakref.ref(model)
         self.example_inputs = example_inputs
         parameters = {name for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
@@ -97,8 +98,6 @@ class ChannelMap:
 
     def _lay_out(self, tensors, parameters, calls, set_of, count, batch):
         """Axes, the incidence of sets on them, and the terms of the cost."""
-        from scipy.sparse import csr_array
-
         self.axes, numbers, members = {}, {}, []
         slots, fixed = [], []
         names = list(tensors)

@@ -8,7 +8,10 @@ activation carries one field, a parameter one for each of its axes.
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 FIXED = -1
 
@@ -71,3 +74,11 @@ def resized(field, shape):
         if field.size(d) != size:
             field = field.narrow(d, 0, 1)
     return field.expand(shape)
+
+
+def components(edges, total):
+    """Union-find over the labels: for every label the number of its component."""
+    a = np.concatenate([edge[0] for edge in edges]) if edges else np.empty(0, np.int64)
+    b = np.concatenate([edge[1] for edge in edges]) if edges else np.empty(0, np.int64)
+    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(total, total))
+    return connected_components(graph, directed=False)[1].astype(np.int64)

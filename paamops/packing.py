@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from paamops import tracing
+from paamops.labels import components
 from paamops.ops.pack_channels import pack_channels
 
 
@@ -157,7 +158,7 @@ def verify(model, channels, keep, indices):
                 + (advice if names else "")
             ) from error
     # Where one channel is left, it looks like one that is broadcast: what met there is taken to be right.
-    same = tracing.components(tracer.weak, max(int(c.max()) for axes in channels.components.values() for c in axes) + 1)
+    same = components(tracer.weak, max(int(c.max()) for axes in channels.components.values() for c in axes) + 1)
     for a, b, op in tracer.edges:
         wrong = (same[a] != same[b]).nonzero()[0]
         if len(wrong):

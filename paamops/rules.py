@@ -100,9 +100,9 @@ def convolution(tracer, op, args, kwargs, out):
 def matrix_product(tracer, op, args, kwargs, out):
     bias, x, weight = args[:3] if len(args) > 2 else (None, *args[:2])
     known = tracer.labels_of(weight)
-    if known.parameter is None or len(known.axes) != 2:
+    if known.parameter is None or len(known.axes) != 2 or (bias is not None and bias.dim() != 1):
         for tensor in tracer.labelled(args, kwargs):
-            tracer.pin_tensor(tensor, f"{op} multiplies it with a matrix that is no parameter")
+            tracer.pin_tensor(tensor, f"{op} is no linear layer whose weight is a parameter")
         return
     vectors = tracer.vectors[known.parameter]
     read = tracer.read(x, 1, others="keep")

@@ -6,7 +6,6 @@ No list of layer types and no second-guessing of the model's code: labels flow t
 
 import contextlib
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -277,14 +276,3 @@ def evaluating(model):
     finally:
         for module, training in modes:
             module.training = training
-
-
-def components(edges, total):
-    """Union-find over the labels: for every label the number of its component."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
-    a = np.concatenate([edge[0] for edge in edges]) if edges else np.empty(0, np.int64)
-    b = np.concatenate([edge[1] for edge in edges]) if edges else np.empty(0, np.int64)
-    graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(total, total))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
