@@ -52,6 +52,7 @@ def extension():
             CppExtension(
                 "paamops._C",
                 sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.cpp")),
+                depends=[str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/*.h")],
                 include_dirs=[pybind11.get_include()],
                 extra_compile_args=[
                     "-O3",

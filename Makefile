@@ -1,0 +1,76 @@
+# `make demo` needs Python 3.10 or newer, a C++ compiler and make; it brings the rest into .venv.
+# A second run is cheap: packages are installed when requirements-dev.txt changed, C++ is built when csrc/ changed.
+
+PYTHON ?= python3        # the Python that .venv is made with; for `make gpu`, the one that has torch
+DEMO_ARGS ?=             # e.g. DEMO_ARGS="--epochs 2 --finetune-epochs 1"
+TEST_ARGS ?=             # e.g. TEST_ARGS="-m slow tests/test_build.py"
+BENCH_ARGS ?=            # e.g. BENCH_ARGS="activation_attention --quick"
+PAAMOPS_CPP ?= 1         # fail where the C++ kernels cannot be built; 0 leaves them out
+PYTHON := $(strip $(PYTHON))
+export PAAMOPS_CPP := $(strip $(PAAMOPS_CPP))
+
+BIN := .venv/bin
+BUILD_INPUTS := $(wildcard csrc/*) setup.py pyproject.toml
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help demo test bench lint gpu
+
+help:
+	@echo "make demo   train ResNet-20 on the digits, prune it, pack it, fine-tune it, compare"
+	@echo "make test   the tests that need neither a GPU nor many minutes"
+	@echo "make bench  time the ops on this CPU, beside their baselines; write bench/results/"
+	@echo "make lint   ruff check and ruff format --check"
+	@echo "make gpu    GPU tests and benchmarks with this machine's own $(PYTHON) and torch, without network"
+
+demo: .venv/.built
+	@echo "==> the main job: python -m paamops prune $(DEMO_ARGS)"
+	@$(BIN)/python -m paamops prune $(DEMO_ARGS)
+
+test: .venv/.built
+	@echo "==> the tests"
+	@$(BIN)/python -m pytest $(TEST_ARGS)
+
+bench: .venv/.built
+	@echo "==> the benchmarks"
+	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+lint: .venv/.requirements
+	@echo "==> ruff"
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+.venv/.requirements: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "paamops needs Python 3.10 or newer: make PYTHON=...")'
+	@echo "==> Python packages into .venv (torch is large: the first time takes minutes)"
+	@$(PYTHON) -m venv .venv
+	@$(PIP) install --quiet $$(grep '^torch==' requirements-dev.txt)
+	@$(PIP) install --quiet --requirement requirements-dev.txt
+	@touch $@
+
+.venv/.built: .venv/.requirements $(BUILD_INPUTS)
+	@echo "==> paamops into .venv, with its C++ kernels (PAAMOPS_CPP=$(PAAMOPS_CPP))"
+	@$(PIP) install --quiet --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# No virtual environment here: a GPU machine has a torch of its own that fits its driver.
+gpu:
+	@if ! $(PYTHON) -c 'import torch' 2>/dev/null; then \
+		echo "make gpu: $(PYTHON) has no torch, so no GPU can be used; nothing was run (make gpu PYTHON=... names another)"; \
+	elif ! $(PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		echo "make gpu: torch finds no GPU on this machine; nothing was run"; \
+	else \
+		$(MAKE) --no-print-directory gpu-run; \
+	fi
+
+.PHONY: gpu-run
+gpu-run: build/.gpu
+	@echo "==> the GPU tests"
+	@$(PYTHON) -m pytest -m gpu $(TEST_ARGS)
+	@echo "==> the GPU benchmarks"
+	@$(PYTHON) -m bench --device cuda $(BENCH_ARGS)
+
+build/.gpu: $(BUILD_INPUTS)
+	@echo "==> paamops into the environment of $(PYTHON), without network (PAAMOPS_CPP=$(PAAMOPS_CPP))"
+	@$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	@mkdir -p build
+	@touch $@

@@ -1,0 +1,57 @@
+"""python -m bench.tables: write the README's measured tables from bench/results/.
+
+A table stands between `<!-- bench: NAME -->` and `<!-- end of bench -->`, where NAME is a file of bench/results/
+without its ending. Nothing between them is written by hand.
+"""
+
+import json
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+MARKED = re.compile(r"(<!-- bench: (\S+) -->\n).*?(<!-- end of bench -->)", re.DOTALL)
+
+
+def main():
+    """Rewrite README.md where its tables are not what the results say."""
+    readme = ROOT / "README.md"
+    readme.write_text(fill(readme.read_text(), ROOT / "bench" / "results"))
+
+
+def fill(text, results):
+    """`text` with the table of results/NAME.json between each pair of markers."""
+    return MARKED.sub(lambda m: m[1] + table(json.loads((results / f"{m[2]}.json").read_text())) + m[3], text)
+
+
+def table(stored):
+    """A Markdown table of one machine's results, and below it what they were measured with."""
+    lines = [
+        "| case | time (p20 to p80), ms | GB/s | of measured copy | times faster than |",
+        "|---|---|---|---|---|",
+    ]
+    for name, case in stored["cases"].items():
+        if "refused" in case:
+            lines.append(f"| {name} | not timed: differs from its reference | | | |")
+            continue
+        ours, rate = case["times"]["ours"], case["gbytes_per_s"]
+        share = f"{rate / stored['runs'][case['run']]['bandwidth']['copy']:.0%}" if rate else ""
+        ratios = ", ".join(f"{baseline} {_number(ratio)}" for baseline, ratio in case["ratio"].items())
+        spread = f"{_number(ours['median'])} ({_number(ours['p20'])} to {_number(ours['p80'])})"
+        lines.append(f"| {name} | {spread} | {_number(rate) if rate else ''} | {share} | {ratios} |")
+    facts = dict.fromkeys(
+        f"{run['device']}, {run['threads']} CPU threads, torch {run['torch']}, triton {run['triton']}, "
+        f"{run['compiler']}, {run['date'][:10]}; measured copy {_number(run['bandwidth']['copy'])} GB/s, "
+        f"sum {_number(run['bandwidth']['sum'])} GB/s."
+        for run in stored["runs"].values()
+    )
+    return "\n".join(lines) + "\n\n" + "\n\n".join(facts) + "\n"
+
+
+def _number(value):
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
