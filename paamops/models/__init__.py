@@ -1,0 +1,33 @@
+"""The papers' networks, small and plain: `paamops.models.build("resnet20", in_channels=3, num_classes=10)`."""
+
+from functools import partial
+
+from .lenet import LeNet5
+from .resnet import ResNet
+from .vgg import VGG16
+
+NETWORKS = {
+    "lenet5": LeNet5,
+    "resnet20": partial(ResNet, 20),
+    "resnet32": partial(ResNet, 32),
+    "resnet44": partial(ResNet, 44),
+    "resnet56": partial(ResNet, 56),
+    "resnet110": partial(ResNet, 110),
+    "vgg16": VGG16,
+}
+
+
+def build(name, in_channels=3, num_classes=10):
+    """The network `name` (a key of NETWORKS) with fresh weights, for images of `in_channels` channels.
+
+    The model remembers its recipe in `model.paamops_recipe`, so that `paamops.load` can build it again.
+    ValueError: an unknown name, or a number that is not a positive int.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"name is {name!r}; it must be one of {', '.join(NETWORKS)}")
+    for argument, value in (("in_channels", in_channels), ("num_classes", num_classes)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{argument} is {value!r}; it must be a positive int")
+    model = NETWORKS[name](in_channels=in_channels, num_classes=num_classes)
+    model.paamops_recipe = {"name": name, "in_channels": in_channels, "num_classes": num_classes}
+    return model

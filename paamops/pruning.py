@@ -1,0 +1,119 @@
+"""The main job: a trained network, the four verbs, fine-tuning, and what came of it."""
+
+import itertools
+import time
+from dataclasses import dataclass
+
+import torch
+
+from . import data, training
+from .measuring import file_size, latency
+from .packing import pack
+from .scoring import score
+from .selection import select
+from .tracing import trace
+
+REWIND = 0.5  # fine-tuning takes the learning rates of this part of the schedule to its end (AAP §3.3 rewinds them too)
+SCORED = 1024  # training images that decide the scores
+BATCHES = (1, 64)  # images at a time, for the latency
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to train: the schedule, epochs before and after pruning, images a step, the seed."""
+
+    schedule: training.Schedule
+    epochs: int
+    finetune_epochs: int
+    batch_size: int
+    seed: int = 0
+
+
+def prune(model, dataset, fabric, plan, budget, say=print, quiet=False):
+    """Train `model` (if plan.epochs > 0), prune it to `budget` by activation attention, fine-tune what is left.
+
+    `budget` is what `select` takes, such as {"params": 0.5}. Decisions see the training split only: the test split is
+    for `report`. Everything that can be refused is refused before the training starts.
+
+    Returns (packed model, Selection); `model` is trained in place, on the device of `fabric`.
+    """
+    model, dataset = model.to(fabric.device), dataset.to(fabric.device)
+    channels = trace(model, dataset.normalise(dataset.train.images[:1]))
+    check_output(model, dataset)
+    select(channels, torch.ones(len(channels.filters)), **budget)  # a budget that no network meets
+    settings = {"batch_size": plan.batch_size, "seed": plan.seed, "quiet": quiet}
+    if plan.epochs:
+        start = time.perf_counter()
+        training.train(model, dataset, fabric, plan.schedule, epochs=plan.epochs, label="training", **settings)
+        say(told("trained", plan.epochs, model, dataset, start))
+
+    generator = torch.Generator(fabric.device).manual_seed(plan.seed)
+    batches = data.batches(dataset.train, plan.batch_size, generator)
+    enough = itertools.islice(batches, max(1, SCORED // plan.batch_size))
+    scores = score(model, channels, (dataset.normalise(images) for images, _ in enough))
+    selection = select(channels, scores, **budget)
+    small = pack(model, channels, selection)
+    whole, left = channels.cost(), selection.achieved
+    say(
+        f"pruned: {left.filters} of {whole.filters} filters, {left.params / whole.params:.1%} of the parameters and"
+        f" {left.flops / whole.flops:.1%} of the FLOPs stay; validation accuracy"
+        f" {training.accuracy(small, dataset, dataset.validation):.2%}"
+    )
+    if plan.finetune_epochs:
+        start = time.perf_counter()
+        training.train(
+            small,
+            dataset,
+            fabric,
+            plan.schedule,
+            epochs=plan.finetune_epochs,
+            rewind=REWIND,
+            label="fine-tuning",
+            **settings,
+        )
+        say(told("fine-tuned", plan.finetune_epochs, small, dataset, start))
+    return small, selection
+
+
+def told(what, epochs, model, dataset, start):
+    seconds = time.perf_counter() - start
+    accuracy = training.accuracy(model, dataset, dataset.validation)
+    return f"{what}: {epochs} epochs in {seconds:.0f} s; validation accuracy {accuracy:.2%}"
+
+
+def check_output(model, dataset):
+    """The model must give one logit a class; better to know before the training."""
+    mode = model.training
+    with torch.no_grad():
+        images = dataset.normalise(dataset.train.images[:2])
+        training.check_logits(model.eval()(images), len(images), dataset.num_classes)
+    model.train(mode)
+
+
+def report(dense, small, dataset):
+    """The rows (what, before, after, change) of the table: all of it measured on the two models at hand."""
+    models, example = (dense, small), dataset.normalise(dataset.test.images[:1])
+    accuracy = [100 * training.accuracy(model, dataset, dataset.test) for model in models]
+    costs = [trace(model, example).cost() for model in models]
+    rows = [("test accuracy", *(f"{value:.2f} %" for value in accuracy), f"{accuracy[1] - accuracy[0]:+.2f} points")]
+    rows.append(row("parameters", [cost.params for cost in costs], "{:,}"))
+    rows.append(row("FLOPs an image", [cost.flops / 1e6 for cost in costs], "{:,.2f} M"))
+    for size in BATCHES:
+        images = dataset.test.images[torch.arange(size, device=example.device) % len(dataset.test)]
+        times = [1e3 * seconds for seconds in latency(models, dataset.normalise(images))]
+        rows.append(row(f"latency, batch {size}", times, "{:.2f} ms"))
+    rows.append(row("file size", [file_size(model) / 1e3 for model in models], "{:,.0f} kB"))
+    return rows
+
+
+def row(what, values, shape):
+    before, after = values
+    return what, shape.format(before), shape.format(after), f"{100 * (after - before) / before:+.1f} %"
+
+
+def table(rows):
+    """The rows as text, numbers to the right."""
+    rows = [("", "before", "after", "change"), *rows]
+    widths = [max(len(line[column]) for line in rows) for column in range(4)]
+    lines = ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in rows]
+    return "\n".join(lines)

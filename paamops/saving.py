@@ -1,0 +1,206 @@
+"""Models in one file: tensors as safetensors, all else as JSON in its header. Nothing is ever pickled or unpickled."""
+
+import json
+import os
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+
+from . import models
+
+VERSION = 1  # of what is written under the header's key "paamops"
+
+# The sizes a module keeps beside its tensors. Pruning changes them, so they are stored and put back with the tensors.
+SIZES = (
+    "in_channels",
+    "out_channels",
+    "groups",
+    "num_features",
+    "in_features",
+    "out_features",
+    "num_channels",
+    "num_groups",
+    "normalized_shape",
+    "num_parameters",
+    "num_embeddings",
+    "embedding_dim",
+)
+
+
+def save(model, path):
+    """Write `model`, packed or not, to the file `path`, whole or not at all.
+
+    Stored are all parameters and buffers (dtype and ties included), which parameters are trained, train or eval mode,
+    the modules' sizes, and the recipe of a network that `paamops.models` built. Not stored: hooks, optimizers, code.
+    ValueError: the model keeps extra state, which only pickle could store.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    for name, module in model.named_modules():
+        if type(module).get_extra_state is not nn.Module.get_extra_state:
+            raise ValueError(f"model: {name or 'it'} keeps extra state (get_extra_state), which cannot be saved safely")
+    tensors, ties, first = {}, {}, {}
+    for name, tensor in named_tensors(model).items():
+        if id(tensor) in first:
+            ties[name] = first[id(tensor)]
+        else:
+            first[id(tensor)] = name
+            # A copy: tensors that share memory without being one, and strides that are not dense, would be refused.
+            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    header = {
+        "version": VERSION,
+        "torch": torch.__version__,
+        "class": f"{type(model).__module__}.{type(model).__qualname__}",
+        "recipe": getattr(model, "paamops_recipe", None),
+        "training": model.training,
+        "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
+        "ties": ties,
+        "sizes": {name: sizes for name, module in model.named_modules() if (sizes := module_sizes(module))},
+    }
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: its folder does not exist")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # the same folder, so that the renaming is atomic
+    try:
+        partial.write_bytes(safetensors.torch.save(tensors, metadata={"paamops": json.dumps(header)}))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path, model=None):
+    """The model that `save` wrote to `path`, on the CPU: same tensors, same sizes, same mode.
+
+    A network of `paamops.models` is built again from its recipe. For a network of your own pass `model`, the function
+    that builds it in full size without arguments; the stored, perhaps pruned, tensors and sizes then replace its own.
+    ValueError: not such a file, truncated, or not this network's; it says which tensor is missing, unexpected or of the
+    wrong shape. FileNotFoundError: no such file.
+    """
+    tensors, header = read(path)
+    if model is None:
+        if not header["recipe"]:
+            raise ValueError(f"{path}: holds a {header['class']}; pass model=, the function that builds it")
+        model = build_from_recipe(path, header["recipe"])
+    elif isinstance(model, nn.Module) or not callable(model):
+        raise TypeError(f"model is a {type(model).__name__}; it must be a function that builds the network")
+    else:
+        model = model()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model built a {type(model).__name__}; it must build a torch.nn.Module")
+    check_names(path, set(named_tensors(model)), {*tensors, *header["ties"]})
+    install_sizes(path, model, header["sizes"])
+    install_tensors(path, model, tensors, header)
+    return model.train(header["training"])
+
+
+def named_tensors(model):
+    """Every parameter and buffer under every name it has, also buffers that are not part of a state dict."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    return named | dict(model.named_buffers(remove_duplicate=False))
+
+
+def module_sizes(module):
+    """The sizes in `module`, for JSON: ints, or lists of ints."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name in SIZES
+        if isinstance(value := vars(module).get(name), int | tuple)
+    }
+
+
+def read(path):
+    """The tensors and the header of the file `path`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            # Copied, so that nothing depends on the file any more.
+            names = file.keys()
+            tensors = {name: file.get_tensor(name).clone() for name in names}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path}: truncated, or not a safetensors file ({error})") from error
+    try:
+        header = json.loads(metadata["paamops"])
+        version = header["version"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: a safetensors file, but not one that paamops.save wrote") from error
+    if version != VERSION:
+        raise ValueError(f"{path}: written in format {version}; this version of paamops reads format {VERSION}")
+    missing = {"class", "recipe", "training", "frozen", "ties", "sizes"} - set(header)
+    if missing:
+        raise ValueError(f"{path}: its header lacks {', '.join(sorted(missing))}")
+    dangling = {*header["ties"].values(), *header["frozen"]} - set(tensors)
+    if dangling:
+        raise ValueError(f"{path}: its header names {', '.join(sorted(dangling))}, which it does not hold")
+    return tensors, header
+
+
+def build_from_recipe(path, recipe):
+    try:
+        return models.build(**recipe)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: its recipe {recipe} is not one of paamops.models ({error})") from error
+
+
+def check_names(path, wanted, found):
+    """Both sets of names must be equal."""
+    for names, what in ((wanted - found, "lacks"), (found - wanted, "has, unlike the network,")):
+        if names:
+            shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+            raise ValueError(f"{path}: {what} {shown}; it is not a file of this network")
+
+
+def install_sizes(path, model, sizes):
+    """Give every module its stored sizes."""
+    modules = dict(model.named_modules())
+    for name, stored in sizes.items():
+        if name not in modules or set(stored) != set(module_sizes(modules[name])):
+            raise ValueError(f"{path}: has sizes of {name or 'the network'} that the network does not have")
+        for attribute, value in stored.items():
+            setattr(modules[name], attribute, tuple(value) if isinstance(value, list) else value)
+
+
+def install_tensors(path, model, tensors, header):
+    """Put the stored tensors in the place of the network's own, tied ones as one."""
+    own = named_tensors(model)
+    for name, tensor in tensors.items():
+        check_shape(path, name, tuple(tensor.shape), tuple(own[name].shape), model)
+    placed = {}
+    for name, tensor in tensors.items():
+        if isinstance(own[name], nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=name not in header["frozen"])
+        placed[name] = tensor
+    for name in own:
+        module, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module)
+        table = module._parameters if leaf in module._parameters else module._buffers
+        table[leaf] = placed[header["ties"].get(name, name)]
+
+
+def check_shape(path, name, shape, full, model):
+    """A stored shape must follow from its module's stored sizes and be a part of the full-size one."""
+    owner, _, leaf = name.rpartition(".")
+    wanted = expected_shape(model.get_submodule(owner), leaf, full)
+    if wanted is not None and shape != wanted:
+        raise ValueError(f"{path}: {name} is {shape}; its module's sizes ask for {wanted}")
+    if len(shape) != len(full) or any(a > b for a, b in zip(shape, full, strict=True)):
+        raise ValueError(f"{path}: {name} is {shape}, which is no part of the network's {full}")
+
+
+def expected_shape(module, leaf, full):
+    """The shape of the tensor `leaf` by its module's sizes, or None where they do not decide it."""
+    if isinstance(module, nn.modules.conv._ConvNd) and leaf in ("weight", "bias"):
+        first, second = module.out_channels, module.in_channels // module.groups
+        if module.transposed:
+            first, second = module.in_channels, module.out_channels // module.groups
+        return (first, second, *full[2:]) if leaf == "weight" else (module.out_channels,)
+    if isinstance(module, nn.Linear) and leaf in ("weight", "bias"):
+        return (module.out_features, module.in_features)[: len(full)]
+    if isinstance(module, nn.modules.batchnorm._NormBase) and leaf != "num_batches_tracked":
+        return (module.num_features,)
+    return None

@@ -1,0 +1,240 @@
+"""The command line, in this process on a small network, and the main job as a user runs it."""
+
+import functools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from paamops import cli, data, pruning, saving, training
+
+pytest.importorskip("lightning_fabric")
+pytest.importorskip("sklearn")
+
+TINY = ["prune", "--model", "lenet5", "--device", "cpu", "--epochs", "1", "--finetune-epochs", "1", "--params", "0.1"]
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(pruning, "latency", functools.partial(pruning.latency, seconds=0.1, least=2))
+
+
+def columns(text, what):
+    """The numbers of a row of the table: before, after, change in percent."""
+    line = next(line for line in text.splitlines() if line.startswith(what))
+    return [float(number.replace(",", "")) for number in re.findall(r"[-+]?[\d,.]+\d", line.removeprefix(what))]
+
+
+def test_prune_twice_with_one_seed(capsys, tmp_path):
+    printed, files = [], []
+    for name in ("one", "two"):
+        assert cli.main([*TINY, "--out", f"deep/er/{name}"]) == 0
+        printed.append(capsys.readouterr())
+        files.append((tmp_path / "deep" / "er" / name).read_bytes())
+    assert files[0] == files[1]
+    assert printed[0].err == ""  # nobody watches: no progress bars
+    out = printed[0].out
+    before, after, change = columns(out, "parameters")
+    small = saving.load(tmp_path / "deep" / "er" / "one")
+    assert before == 431_080
+    assert after == sum(p.numel() for p in small.parameters()) <= 43_108
+    assert change == pytest.approx(100 * (after / before - 1), abs=0.1)
+    digits = data.load("digits")
+    accuracy = 100 * training.accuracy(small, digits, digits.test)
+    assert columns(out, "test accuracy")[1] == pytest.approx(accuracy, abs=0.01)
+    for what in ("FLOPs an image", "file size"):
+        assert columns(out, what)[1] < columns(out, what)[0]
+    assert "latency, batch 1 " in out
+    assert "latency, batch 64 " in out
+    for line in ("lenet5 on digits (1132 train, 126 validation, 539 test images), cpu, seed 0", "saved to deep/er/one"):
+        assert line in out
+
+
+def test_test_split_decides_nothing(monkeypatch, tmp_path):
+    """The same network comes out whatever the test split holds."""
+    whole = data.load("digits")
+    other = data.Split(whole.test.images.flip(0), whole.test.labels.roll(1))
+    assert cli.main([*TINY, "--quiet", "--out", "one"]) == 0
+    monkeypatch.setattr(data, "load", lambda *_: data.Dataset(**{**vars(whole), "test": other}))
+    assert cli.main([*TINY, "--quiet", "--out", "two"]) == 0
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+
+
+def test_prune_again_from_a_file(capsys, tmp_path):
+    assert cli.main([*TINY, "--quiet"]) == 0
+    table = capsys.readouterr().out
+    assert len(table.splitlines()) == 7  # quiet: the table and nothing else
+    first = tmp_path / "runs" / "lenet5-digits.safetensors"
+    again = ["prune", "--weights", str(first), "--device", "cpu", "--finetune-epochs", "0", "--filters", "0.5"]
+    assert cli.main([*again, "--out", "second"]) == 0
+    out = capsys.readouterr().out
+    assert "trained" not in out
+    assert columns(out, "test accuracy")[0] == columns(table, "test accuracy")[1]
+    assert columns(out, "parameters")[0] == columns(table, "parameters")[1]
+    assert columns(out, "parameters")[1] < columns(out, "parameters")[0]
+    assert cli.main([*again, "--model", "vgg16"]) == 1
+    assert "holds a lenet5, not a vgg16" in capsys.readouterr().err
+
+
+def test_a_network_of_your_own(capsys, tmp_path):
+    (tmp_path / "mynet.py").write_text(
+        "from torch import nn\n"
+        "def build():\n"
+        "    return nn.Sequential(nn.Conv2d(1, 8, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 10))\n"
+        "def wrong():\n"
+        "    return nn.Linear(32, 10)\n"
+        "def nothing():\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))\n"
+        "number = 3\n"
+    )
+    own = ["--epochs", "1", "--finetune-epochs", "0", "--device", "cpu", "--out", "small"]
+    try:
+        assert cli.main(["prune", "--model", "mynet:build", *own]) == 0
+        assert columns(capsys.readouterr().out, "parameters")[0] == 8 * 26 + 3930
+        for name, message in (
+            ("mynet:wrong", "output for 2 images is|output is"),
+            ("mynet:nothing", "every channel set is pinned"),
+            ("mynet:number", "mynet has no function 'number'"),
+            ("nonet:build", "cannot import 'nonet'"),
+        ):
+            assert cli.main(["prune", "--model", name, *own]) == 1
+            error = capsys.readouterr().err
+            assert re.search(message, error), error
+            assert error.count("\n") == 1
+    finally:
+        sys.modules.pop("mynet", None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune", "--params", "1"], "params is 1, but no network meets it"),
+        (["prune", "--model", "resnet18"], "'resnet18'; it must be one of lenet5"),
+        (["prune", "--data", "mnist", "--data-root", "nowhere"], "nowhere/MNIST/raw/train-images-idx3-ubyte: no such"),
+        (["prune", "--weights", "nowhere"], "nowhere: no such file"),
+        (["prune", "--out", "."], "--out .: is a folder"),
+        (["prune", "--out", "file/inside"], "cannot write to file"),
+        (["explain", "--data", "folder", "--data-root", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_an_error_is_one_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained before it refused"))
+    (tmp_path / "file").write_text("in the way")
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("paamops: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.rglob("*.safetensors"))
+    with pytest.raises((ValueError, FileNotFoundError)):
+        cli.main([*arguments, "--debug"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unprune"],
+        ["prune", "--params", "0.5", "--flops", "0.5"],
+        ["prune", "--params", "half"],
+        ["prune", "--params", "1.5"],
+        ["prune", "--epochs", "-1"],
+        ["prune", "--batch-size", "0"],
+        ["prune", "--data", "imagenet"],
+    ],
+)
+def test_usage_errors(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert "usage: python -m paamops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["explain", "--help"], ["info", "--help"]])
+def test_help(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 0
+    assert "usage: python -m paamops" in capsys.readouterr().out
+
+
+def test_explain(capsys):
+    assert cli.main(["explain", "--model", "vgg16", "--data", "cifar10"]) == 0  # without its files
+    out = capsys.readouterr().out
+    assert "features.40" in out
+    assert "an output of the model" in out
+
+
+def test_info(capsys):
+    assert cli.main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch: {torch.__version__}" in out
+    assert "activation_attention: cpu " in out
+
+
+def test_ctrl_c(capsys, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupt)
+    assert cli.main(TINY) == 130
+    assert capsys.readouterr().err == "paamops: interrupted\n"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "paamops", *arguments]
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_the_real_thing(tmp_path):
+    job = subprocess.Popen(
+        command("prune", "--epochs", "1000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert "resnet20 on digits" in job.stdout.readline()  # it is past its imports
+    time.sleep(2)
+    job.send_signal(signal.SIGINT)
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 130
+    assert errors.strip() == "paamops: interrupted"
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+@pytest.mark.slow
+def test_main_job(tmp_path):
+    """`python -m paamops prune`: half of the parameters gone, within a point of the dense network, and faster."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        command("prune"),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+        env={**os.environ, "OMP_WAIT_POLICY": "passive"},  # so that a busy machine does not stall the two threads
+    )
+    assert done.returncode == 0, done.stderr
+    print(done.stdout, f"{time.perf_counter() - start:.0f} s")
+    before, after, drop = columns(done.stdout, "test accuracy")
+    assert before > 97
+    assert drop == pytest.approx(after - before, abs=0.011)
+    assert drop >= -1
+    assert columns(done.stdout, "parameters")[2] <= -50
+    assert columns(done.stdout, "latency, batch 64 ")[2] < 0
+    assert (tmp_path / "runs" / "resnet20-digits.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    done = subprocess.run(
+        command(*TINY, "--processes", "2", "--quiet"), capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 7  # one table, not two
+    assert columns(done.stdout, "test accuracy")[0] > 50
+    saving.load(tmp_path / "runs" / "lenet5-digits.safetensors")
