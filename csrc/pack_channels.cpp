@@ -69,7 +69,6 @@ struct Job {
   int64_t row, rows, first, last, skip, bytes;
 };
 
-
 // Rows that are left out break the hardware's prefetching of one row after the other: while a row is copied, the lines
 // of one of the next are asked for, a line at a time, so that they do not block what is being copied.
 inline void prefetch(const char* line) {
@@ -416,10 +415,16 @@ std::vector<Tensor> pack_channels(std::vector<Tensor> tensors, std::vector<Tenso
                                   std::vector<int64_t> slots) {
   const std::vector<Indices> pool = read_pool(indices);
   check_lengths(tensors, slots, "slots");
+  struct Source {
+    const void* sparse;
+    void* dense;
+    int64_t item;
+    std::vector<Axis> axes;
+  };
   std::vector<Tensor> packed;
-  std::vector<Plan> plans;
+  std::vector<Source> sources;
   packed.reserve(tensors.size());
-  plans.reserve(tensors.size());
+  sources.reserve(tensors.size());
   const int64_t* slot = slots.data();
   for (const Tensor& tensor : tensors) {
     STD_TORCH_CHECK(tensor.is_cpu(), "tensors must all be on the device of the first, the CPU");
@@ -442,8 +447,14 @@ std::vector<Tensor> pack_channels(std::vector<Tensor> tensors, std::vector<Tenso
     slot += dims;
     packed.push_back(empty_strided(tensor, sizes, strides));
     if (packed.back().numel() == 0) continue;
-    plans.push_back(make_plan(tensor.const_data_ptr(), packed.back().mutable_data_ptr(), tensor.element_size(), axes));
+    sources.push_back({tensor.const_data_ptr(), packed.back().mutable_data_ptr(), tensor.element_size(), axes});
   }
+  std::vector<Plan> plans(sources.size());
+  torch::stable::parallel_for(0, sources.size(), 32, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      plans[i] = make_plan(sources[i].sparse, sources[i].dense, sources[i].item, sources[i].axes);
+    }
+  });
   copy_all(plans, false);
   return packed;
 }

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from paamops.ops.registration import define
+from paamops.ops.registration import compiled, define
 
 
 def pack_channels(tensors, indices):
@@ -26,10 +26,15 @@ def pack_channels(tensors, indices):
     """
     tensors = list(tensors)
     pool, slots, uses = _pool(tensors, list(indices))
-    _check_indices(pool, uses)
     if not tensors:
         return []
-    return _op(tensors, [vector.to(tensors[0].device) for vector in pool], slots)
+    if compiled is None or not tensors[0].is_cpu:
+        _check_indices(pool, uses)
+    try:
+        return _op(tensors, [vector.to(tensors[0].device) for vector in pool], slots)
+    except RuntimeError:  # the C++ kernel checks them itself, but knows no tensor by its place
+        _check_indices(pool, uses)
+        raise
 
 
 def packed_strides(sizes, strides, packed_sizes):
