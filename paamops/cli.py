@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from . import data, models
+from paamops import data, models
 
 EXAMPLES = """\
 examples:
@@ -142,8 +142,8 @@ def positive(text):
 
 
 def run_prune(args):
-    from . import pruning, training
-    from .saving import save
+    from paamops import pruning, training
+    from paamops.saving import save
 
     name = model_name(args)
     out = Path(args.out or f"runs/{name}-{args.data}.safetensors")
@@ -174,14 +174,14 @@ def run_prune(args):
 def run_explain(args):
     import torch
 
-    from .tracing import trace
+    from paamops.tracing import trace
 
     shape, num_classes = data.describe(args.data, args.data_root)
     print(trace(find_model(args, shape, num_classes), torch.zeros(1, *shape)).explain())
 
 
 def run_info(args):
-    from .ops.registration import build_info
+    from paamops.ops.registration import build_info
 
     for key, value in build_info().items():
         if isinstance(value, dict):
@@ -194,8 +194,8 @@ def run_info(args):
 
 def make_plan(args, name):
     """The papers' schedule, but for what the command line or the digits say."""
-    from .pruning import Plan
-    from .training import schedule_for
+    from paamops.pruning import Plan
+    from paamops.training import schedule_for
 
     schedule = schedule_for(name)
     defaults = {"epochs": schedule.epochs, "finetune_epochs": schedule.epochs // 2, "batch_size": schedule.batch_size}
@@ -216,7 +216,7 @@ def model_name(args):
 
 def find_model(args, shape, num_classes):
     """The network that the command line names, for images of `shape` (c, h, w)."""
-    from .saving import load
+    from paamops.saving import load
 
     own = function(args.model) if args.model and ":" in args.model else None
     if args.weights:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .saving import save
+from paamops.saving import save
 
 
 def latency(models, inputs, seconds=5, least=20, most=500):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from . import data, training
-from .measuring import file_size, latency
-from .packing import pack
-from .scoring import score
-from .selection import select
-from .tracing import trace
+from paamops import data, training
+from paamops.measuring import file_size, latency
+from paamops.packing import pack
+from paamops.scoring import score
+from paamops.selection import select
+from paamops.tracing import trace
 
 REWIND = 0.5  # fine-tuning takes the learning rates of this part of the schedule to its end (AAP §3.3 rewinds them too)
 SCORED = 1024  # training images that decide the scores

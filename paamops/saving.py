@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from . import models
+from paamops import models
 
 VERSION = 1  # of what is written under the header's key "paamops"
 

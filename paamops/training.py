@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from . import data
+from paamops import data
 
 
 @dataclass(frozen=True)

@@ -194,13 +194,17 @@ def command(*arguments):
 
 @pytest.mark.slow
 def test_ctrl_c_of_the_real_thing(tmp_path):
-    job = subprocess.Popen(
-        command("prune", "--epochs", "1000"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert "resnet20 on digits" in job.stdout.readline()  # it is past its imports
-    time.sleep(2)
-    job.send_signal(signal.SIGINT)
-    _, errors = job.communicate(timeout=60)
+    # A shell may have started the tests with the signal ignored, and a child inherits that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command("prune", "--epochs", "1000"), preexec_fn=heed, **pipes) as job:
+        try:
+            assert "resnet20 on digits" in job.stdout.readline()  # it is past its imports
+            time.sleep(2)
+            job.send_signal(signal.SIGINT)
+            _, errors = job.communicate(timeout=60)
+        finally:
+            job.kill()
     assert job.returncode == 130
     assert errors.strip() == "paamops: interrupted"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -1,8 +1,8 @@
 """Real images, small and plain: `paamops.data.load("digits")`, whole sets as tensors on one device."""
 
-from . import cifar, digits, folder, idx
-from .augment import batches, crop, flip
-from .sets import Dataset, Split
+from paamops.data import cifar, digits, folder, idx
+from paamops.data.augment import batches, crop, flip
+from paamops.data.sets import Dataset, Split
 
 __all__ = ["NAMES", "Dataset", "Split", "batches", "crop", "describe", "flip", "load"]
 

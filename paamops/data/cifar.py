@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .sets import Split, assemble
+from paamops.data.sets import Split, assemble
 
 IMAGES = 10_000  # in every batch file
 RECORD = 1 + 3 * 32 * 32  # bytes: the label, then the red, green and blue planes

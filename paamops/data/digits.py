@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from .sets import Split, assemble, stratified
+from paamops.data.sets import Split, assemble, stratified
 
 TEST = 0.3  # a large share, since a point of accuracy must be several images
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .sets import Split, assemble, stratified
+from paamops.data.sets import Split, assemble, stratified
 
 SIDE = 32  # of the images the built-in networks read
 KINDS = (".png", ".jpg", ".jpeg", ".bmp", ".webp")

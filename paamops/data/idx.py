@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .sets import Split, assemble
+from paamops.data.sets import Split, assemble
 
 FOLDERS = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}
 

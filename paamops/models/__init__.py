@@ -2,9 +2,9 @@
 
 from functools import partial
 
-from .lenet import LeNet5
-from .resnet import ResNet
-from .vgg import VGG16
+from paamops.models.lenet import LeNet5
+from paamops.models.resnet import ResNet
+from paamops.models.vgg import VGG16
 
 NETWORKS = {
     "lenet5": LeNet5,
