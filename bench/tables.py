@@ -1,7 +1,7 @@
 """python -m bench.tables: write the README's measured tables from bench/results/.
 
 A table stands between `<!-- bench: NAME -->` and `<!-- end of bench -->`, where NAME is a file of bench/results/
-without its ending. Nothing between them is written by hand.
+without its ending: of `python -m bench`, or of `python -m bench.main_job`. Nothing between them is written by hand.
 """
 
 import json
@@ -26,6 +26,8 @@ def fill(text, results):
 
 def table(stored):
     """A Markdown table of one machine's results, and below it what they were measured with."""
+    if "seeds" in stored:
+        return main_job(stored)
     lines = [
         "| case | time (p20 to p80), ms | GB/s | of measured copy | times faster than |",
         "|---|---|---|---|---|",
@@ -46,6 +48,25 @@ def table(stored):
         for run in stored["runs"].values()
     )
     return "\n".join(lines) + "\n\n" + "\n\n".join(facts) + "\n"
+
+
+def main_job(stored):
+    """What `python -m paamops prune` printed, a pair of columns for each seed."""
+    seeds = stored["seeds"]
+    lines = [
+        "| | " + " | ".join(f"before, seed {seed} | after | change" for seed in seeds) + " |",
+        "|---" * (1 + 3 * len(seeds)) + "|",
+    ]
+    for rows in zip(*(run["rows"] for run in seeds.values()), strict=True):
+        lines.append(f"| {rows[0][0]} | " + " | ".join(" | ".join(row[1:]) for row in rows) + " |")
+    facts = stored["machine"]
+    seconds = ", ".join(str(run["seconds"]) for run in seeds.values())
+    lines += [
+        "",
+        f"`{stored['command']}`: {seconds} s in all; {facts['device']}, {facts['threads']} CPU threads, "
+        f"torch {facts['torch']}, {facts['date']}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def _number(value):

@@ -15,7 +15,7 @@
 #include <vector>
 
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define PAAMOPS_THRESHOLD_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define PAAMOPS_THRESHOLD_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define PAAMOPS_THRESHOLD_CLONES
 #endif

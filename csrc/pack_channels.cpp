@@ -16,7 +16,9 @@
 #include <numeric>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__)
+#include "simd.h"
+
+#if PAAMOPS_X86
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // gcc 12 says so of its own header's intrinsics
 #include <immintrin.h>
 #define PAAMOPS_PACK_AVX512 1
@@ -131,11 +133,7 @@ __attribute__((target("avx512f,avx512bw,avx512vl"))) void compress2(const char* 
   }
 }
 
-bool can_compress(int64_t item) {
-  static const bool available = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                __builtin_cpu_supports("avx512vl");
-  return available && (item == 2 || item == 4);
-}
+bool can_compress(int64_t item) { return paamops::instruction_set() == 4 && (item == 2 || item == 4); }
 #else
 void compress2(const char*, char*, const uint16_t*, int64_t, int64_t, const char*) {}
 void compress4(const char*, char*, const uint16_t*, int64_t, int64_t, const char*) {}
@@ -447,7 +445,7 @@ std::vector<Tensor> pack_channels(std::vector<Tensor> tensors, std::vector<Tenso
     slot += dims;
     packed.push_back(empty_strided(tensor, sizes, strides));
     if (packed.back().numel() == 0) continue;
-    sources.push_back({tensor.const_data_ptr(), packed.back().mutable_data_ptr(), tensor.element_size(), axes});
+    sources.push_back({tensor.const_data_ptr(), packed.back().mutable_data_ptr(), static_cast<int64_t>(tensor.element_size()), axes});
   }
   std::vector<Plan> plans(sources.size());
   torch::stable::parallel_for(0, sources.size(), 32, [&](int64_t begin, int64_t end) {

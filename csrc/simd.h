@@ -21,18 +21,24 @@
 
 namespace paamops {
 
+// 4: AVX-512, 3: AVX2 and FMA, 2: what every x86-64 has. The best that the machine can do is detected once; tests set a
+// lower one, to run what such machines run.
+inline int detected_instruction_set() {
 #if PAAMOPS_X86
-inline int instruction_set() {
-  static const int set = [] {
-    __builtin_cpu_init();
-    const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return v4 ? 4 : v3 ? 3 : 2;
-  }();
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  return v4 ? 4 : v3 ? 3 : 2;
+#else
+  return 2;
+#endif
+}
+
+inline int& instruction_set() {
+  static int set = detected_instruction_set();
   return set;
 }
-#endif
 
 struct Half {
   uint16_t bits;

@@ -43,6 +43,7 @@ class ChannelMap:
         sets: (F,) int64, the channel set of every filter: the filters of a set stay or go together.
         pinned: (S,) bool, the sets that must stay.
         reasons: list of S strings, why a pinned set is; empty for the others.
+        unused: names of weights that the forward pass did not use; `pack` leaves them as they are.
         axes: name of a parameter or buffer -> for every axis None, or an int64 array with the set of each index (-1 for
             an index that no set covers): the whole instruction for packing.
         read_axes: name of a layer's weight -> its axes that read channels: where `mask` writes zeros.
@@ -74,9 +75,11 @@ class ChannelMap:
         set_of[found] = order
 
         self._set_of = set_of
-        self._pin(tracer.pins, component, set_of, count)
+        self.scalars, self.calls = tracer.scalars, len(tracer.calls)
+        self.unused = [name for name in parameters if name not in tracer.used and tensors[name].dim() > 1]
+        self._pin(tracer.pins + tracer.weak_pins, component, set_of, count)
         self._lay_out(tensors, parameters, tracer.calls, set_of, count, batch)
-        self._find_activations(tracer.calls, component)
+        self._find_activations(tracer.calls, component, {str(op): n for op, n in tracer.counts.items()})
         self.depthwise = {layer.weight for layer in tracer.layers.values() if layer.kind.startswith("depthwise")}
         self.read_axes = {
             name: [axis for axis in sorted(axes) if self.axes[name][axis] is not None]
@@ -142,7 +145,7 @@ class ChannelMap:
         self._positions = np.array([positions[name] for name in names], np.int64)
         self.batch = batch
 
-    def _find_activations(self, calls, component):
+    def _find_activations(self, calls, component, counts):
         """Where in the sequence of ATen ops the activation of each filter appears.
 
         `places`: (op, how manieth call of it, channel dimension) of every tensor to score; their channels lie one after
@@ -150,13 +153,14 @@ class ChannelMap:
         """
         number = {layer.weight: k for k, layer in enumerate(self.layers)}
         uses = {}
+        # A weight that is also used transposed has other filters there; its scores are those of its first use.
+        axis = {layer.weight: layer.axis for layer in self.layers}
+        calls = [call for call in calls if axis.get(call["weight"]) == call["axis"]]
         for call in calls:
             uses[call["weight"]] = uses.get(call["weight"], 0) + 1
         self.places, starts, sizes, size = [], {}, [], 0
         filters, sources, weights = [], [], []
         for call in calls:
-            if call["weight"] not in number:
-                continue
             k = number[call["weight"]]
             rows = component[self.layers[k].rows.numpy()]
             place, channels, (row, source) = _activation(call["activations"], rows, component)
@@ -170,6 +174,7 @@ class ChannelMap:
             sources.append(source + starts[place])
             weights.append(share)
         self.place_offsets = np.cumsum([0, *sizes])
+        self.op_counts = {op: counts[op] for op, _, _ in self.places}
         self.score_filter = torch.from_numpy(np.concatenate(filters))
         self.score_source = torch.from_numpy(np.concatenate(sources))
         self.score_weight = torch.from_numpy(np.concatenate(weights))
@@ -291,6 +296,8 @@ class ChannelMap:
         refused = {}
         for s in self.pinned.nonzero().flatten().tolist():
             refused.setdefault((self.describe(s), self.reasons[s]), []).append(s)
+        if self.unused:
+            lines += ["", "not used in this forward pass, so left as they are: " + ", ".join(self.unused)]
         if refused:
             lines += ["", "pinned:"]
             lines += [f"  {len(ids)} of {where}: {reason}" for (where, reason), ids in refused.items()]

@@ -23,7 +23,7 @@ class Labels:
     fields: tuple = ()
     parameter: str | None = None  # the name of the parameter or buffer that this tensor is, as it is stored
     axes: tuple = ()  # of such a parameter: the axis that each dimension is
-    pending: frozenset = frozenset()  # calls of layers whose filters it carries, and that nothing has read yet
+    pending: tuple = ()  # pairs: a call of a layer whose filters it carries, and where these appeared last
 
 
 def of_parameter(name, vectors, shape):

@@ -1,5 +1,6 @@
 """pack and mask: the smaller dense network, and the full-size twin that it must equal."""
 
+import contextlib
 import copy
 
 import torch
@@ -15,6 +16,7 @@ class PackingError(ValueError):
     """The packed network would not compute what the masked one does; nothing was changed."""
 
 
+@torch.inference_mode(False)
 def mask(model, channels, keep):
     """A full-size copy of the model in which every read of a removed channel is zero. This defines what removal means.
 
@@ -31,7 +33,7 @@ def mask(model, channels, keep):
     """
     keep = channels.check(keep)
     _check_model(model, channels)
-    twin = copy.deepcopy(model)
+    twin = _copy(model, {})
     tensors = tracing.named_tensors(twin)
     with torch.no_grad():
         for name, axes in channels.read_axes.items():
@@ -41,6 +43,7 @@ def mask(model, channels, keep):
     return twin
 
 
+@torch.inference_mode(False)
 def pack(model, channels, keep):
     """The smaller dense network that `keep` leaves: `pack(m, c, k)(x)` equals `mask(m, c, k)(x)` in eval mode.
 
@@ -71,15 +74,14 @@ def pack(model, channels, keep):
     packed = pack_channels([tensor.detach() for tensor in tensors.values()], [indices[name] for name in tensors])
     # Deep copy, with the packed tensors in the places of the old ones, which are never copied.
     memo = {}
-    for tensor, small in zip(tensors.values(), packed, strict=True):
-        if isinstance(tensor, nn.Parameter):
-            small = nn.Parameter(small, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = small
-    small_model = copy.deepcopy(model, memo)
-    for module in small_model.modules():
+    for tensor, values in zip(tensors.values(), packed, strict=True):
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad) if is_parameter else values
+    small = _copy(model, memo)
+    for module in small.modules():
         fit_sizes(module)
-    verify(small_model, channels, keep, indices)
-    return small_model
+    verify(model, small, channels, keep, indices)
+    return small
 
 
 def kept_indices(channels, keep):
@@ -105,6 +107,8 @@ def _kept(ids, keep):
 
 def fit_sizes(module):
     """Set the sizes that a module holds in attributes to those of its parameters."""
+    if isinstance(module, nn.RNNBase):
+        module.input_size, module.hidden_size = module.weight_ih_l0.shape[1], module.weight_hh_l0.shape[1]
     weight = getattr(module, "weight", None)
     if not isinstance(weight, torch.Tensor):
         weight = getattr(module, "running_mean", None)
@@ -130,67 +134,103 @@ def fit_sizes(module):
         module.num_parameters = len(weight)
 
 
-def verify(model, channels, keep, indices):
+def verify(original, small, channels, keep, indices):
     """Run the packed model on labels that name the traced channels, and hold what meets against the trace."""
-    tensors = tracing.named_tensors(model)
-    vectors = {}
-    for name, axes in channels.components.items():
-        vectors[name] = []
-        for component, index in zip(axes, indices[name], strict=True):
-            component = torch.from_numpy(component)
-            vectors[name].append(component if index is None else component[index])
     try:
-        meta = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-        inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, channels.example_inputs)
-        tracer = _run(
-            channels, lambda *a, **k: torch.func.functional_call(model, meta, a, k), model, meta, vectors, inputs
-        )
+        tracer = _meta_run(small, channels, indices)
     except tracing.ForwardError:
         # Some models cannot run without values (`.item()`, constants on a device): run this one for real.
         try:
-            tracer = _run(channels, model, model, tensors, vectors, channels.example_inputs)
+            tracer = _real_run(small, channels, indices)
         except tracing.ForwardError as error:
             layers = dict.fromkeys(name for label in error.labels for name in channels.layer_of_component(label))
-            names = ", ".join(repr(name) for name in layers)
-            advice = f": it is fed by {names}; pin what feeds it, as in trace(model, inputs, pinned=({names},))"
             raise PackingError(
                 f"the packed network does not run, in {error.op}: {error}. The forward pass has a size written into it"
-                + (advice if names else "")
+                + _advice(layers)
             ) from error
-    # Where one channel is left, it looks like one that is broadcast: what met there is taken to be right.
-    same = components(tracer.weak, max(int(c.max()) for axes in channels.components.values() for c in axes) + 1)
-    for a, b, op in tracer.edges:
-        wrong = (same[a] != same[b]).nonzero()[0]
-        if len(wrong):
-            _refuse(channels, (int(a[wrong[0]]), int(b[wrong[0]])), f"{op} brings together what the trace keeps apart")
-    for pinned, reason in tracer.pins:
-        wrong = channels.removable(pinned).nonzero()[0]
-        if len(wrong):
-            _refuse(channels, (int(pinned[wrong[0]]),), reason)
-    cost = channels.cost(keep)
+    faults = violations(tracer, channels)
+    if faults:
+        # On the meta device an op may take another path than the traced one: what shows with all channels too is that.
+        whole = {name: [None] * len(axes) for name, axes in channels.axes.items()}
+        with contextlib.suppress(tracing.ForwardError):
+            faults -= violations(_meta_run(original, channels, whole), channels)
+    for found, what in sorted(faults):
+        layers = dict.fromkeys(name for component in found for name in channels.layer_of_component(component))
+        raise PackingError(
+            f"the packed network does not compute what the masked one does: {what}. The forward pass has positions"
+            f" written into it{_advice(layers)}"
+        )
+    before, after = channels.scalars, tracer.scalars
+    if [op for op, _ in before] == [op for op, _ in after] and before != after:
+        op, number, now = next((a[0], a[1], b[1]) for a, b in zip(before, after, strict=True) if a != b)
+        raise PackingError(
+            f"in the packed network {op} is given {now}, not {number}: it follows the number of channels"
+        )
+    cost, tensors = channels.cost(keep), tracing.named_tensors(small)
     params = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
     flops = 2 * sum(call["positions"] * tensors[call["weight"]].numel() for call in tracer.calls) // channels.batch
-    if (params, flops) != (cost.params, cost.flops):
+    if (params, flops) != (cost.params, cost.flops) and len(tracer.calls) == channels.calls:
         raise PackingError(
             f"the packed network has {params} parameters and {flops} FLOPs, but the trace says {cost.params} and"
             f" {cost.flops}: its forward pass takes another path than the traced one did"
         )
 
 
-def _run(channels, call, model, tensors, vectors, inputs):
+def violations(tracer, channels):
+    """What a run shows that the trace does not: {(components, what)}; empty for a network that computes the same."""
+    # Where one channel is left, it looks like one that is broadcast: what met there is taken to be right.
+    same = components(tracer.weak, max(int(c.max()) for axes in channels.components.values() for c in axes) + 1)
+    faults = set()
+    for a, b, op in tracer.edges:
+        wrong = (same[a] != same[b]).nonzero()[0]
+        faults |= {((int(a[k]), int(b[k])), f"{op} brings together what the trace keeps apart") for k in wrong.tolist()}
+    for pinned, reason in tracer.pins:
+        wrong = channels.removable(pinned).nonzero()[0]
+        faults |= {((int(pinned[k]),), f"channels that may go should stay, since {reason}") for k in wrong.tolist()}
+    return faults
+
+
+def _advice(layers):
+    names = ", ".join(repr(name) for name in layers)
+    return f": it is fed by {names}; pin what feeds it, as in trace(model, inputs, pinned=({names},))" if names else ""
+
+
+def _meta_run(model, channels, indices):
+    tensors = tracing.named_tensors(model)
+    meta = {
+        name: torch.empty_like(tensor, device="meta").requires_grad_(isinstance(tensor, nn.Parameter))
+        if tensor.is_floating_point()
+        else torch.empty_like(tensor, device="meta")
+        for name, tensor in tensors.items()
+    }
+    inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, channels.example_inputs)
+    return _run(lambda *a, **k: torch.func.functional_call(model, meta, a, k), model, meta, channels, indices, inputs)
+
+
+def _real_run(model, channels, indices):
+    with tracing.requiring_grad(tracing.named_tensors(model).values()):
+        return _run(model, model, tracing.named_tensors(model), channels, indices, channels.example_inputs)
+
+
+def _run(call, model, tensors, channels, indices, inputs):
+    """Follow the components that the trace gave each axis, at the kept indices, through a forward pass."""
+    vectors = {}
+    for name, axes in channels.components.items():
+        whole = [torch.from_numpy(component) for component in axes]
+        vectors[name] = [v if index is None else v[index] for v, index in zip(whole, indices[name], strict=True)]
     tracer = tracing.Tracer(tensors, vectors, channels.depthwise)
     with tracing.evaluating(model):
         tracing.follow(tracer, call, inputs)
     return tracer
 
 
-def _refuse(channels, components, reason):
-    names = dict.fromkeys(name for component in components for name in channels.layer_of_component(component))
-    names = ", ".join(repr(name) for name in names)
-    raise PackingError(
-        f"the packed network does not compute what the masked one does: at channels of {names}, {reason}. The forward"
-        f" pass has positions written into it; pin those layers, as in trace(model, inputs, pinned=({names},))"
-    )
+def _copy(model, memo):
+    """A deep copy; a result that a module has kept, with its graph, is copied as a value."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def _check_model(model, channels):

@@ -55,11 +55,12 @@ def convolution(tracer, op, args, kwargs, out):
     transposed, groups = args[6], args[8]
     known = tracer.labels_of(weight)
     if known.parameter is None or known.axes != tuple(range(weight.dim())):
-        tracer.pin_tensor(x, f"{op} reads it with a weight that is computed in the forward pass")
+        for tensor in tracer.labelled(args, kwargs):
+            tracer.pin_tensor(tensor, f"{op} takes a weight that is computed in the forward pass")
         return
     vectors = tracer.vectors[known.parameter]
     first, second = vectors[0], vectors[1]
-    read = tracer.read(x, 1, others="pin")
+    read = tracer.read(x, 1)
     axes = (0, 1) if transposed else (1, 0)
     depthwise = groups > 1 and weight.shape[1] == 1 and (not transposed or weight.shape[0] == groups)
     if tracer.depthwise is not None:
@@ -105,14 +106,13 @@ def matrix_product(tracer, op, args, kwargs, out):
             tracer.pin_tensor(tensor, f"{op} is no linear layer whose weight is a parameter")
         return
     vectors = tracer.vectors[known.parameter]
-    read = tracer.read(x, 1, others="keep")
+    read = tracer.read(x, 1)
     if read is not None:
         tracer.unite(read, vectors[known.axes[0]])
     issued = vectors[known.axes[1]]
     if bias is not None:
         tracer.unite_with_vector(bias, issued)
-    kept = [lb.resized(field, out.shape) for field in tracer.labels_of(x).fields if lb.varying(field) == (0,)]
-    tracer.issue(out, 1, known.parameter, known.axes, issued, "linear", x.size(0), kept)
+    tracer.issue(out, 1, known.parameter, known.axes, issued, "linear", x.size(0))
 
 
 # Normalisation over each channel apart keeps the channels; over several at once it ties them to each other.
@@ -123,12 +123,16 @@ def matrix_product(tracer, op, args, kwargs, out):
 def batch_norm(tracer, op, args, kwargs, out):
     x = args[0]
     vector = tracer.vector(x, 1)
-    per_channel = [t for t in args[1:5] if isinstance(t, torch.Tensor)]
+    for field in tracer.labels_of(x).fields:
+        if lb.varying(field) and not lb.varies(field, 1):
+            tracer.pin(lb.core(field), f"{op} normalises over several of them at once")
     if vector is None:
+        tracer.carry(out[0], tracer.labels_of(x).fields, (x,))
         return
-    for tensor in per_channel:
-        tracer.unite_with_vector(tensor, vector)
-    tracer.carry(out[0], [lb.on_vector(vector, 1, out[0].shape)], (x,), candidate=op)
+    for tensor in args[1:5]:
+        if isinstance(tensor, torch.Tensor):
+            tracer.unite_with_vector(tensor, vector)
+    tracer.carry(out[0], [lb.on_vector(vector, 1, out[0].shape)], (x,), candidate=True)
 
 
 @rule("native_group_norm")
@@ -147,7 +151,7 @@ def layer_norm(tracer, op, args, kwargs, out):
     if any(lb.varies(field, d) for field in tracer.labels_of(x).fields for d in over):
         pin_and_carry(tracer, x, out[0], f"{op} normalises over several of them at once")
     else:
-        tracer.carry(out[0], tracer.labels_of(x).fields, (x,), candidate=op)
+        tracer.carry(out[0], tracer.labels_of(x).fields, (x,), candidate=True)
 
 
 def pin_and_carry(tracer, x, out, reason):
@@ -175,23 +179,30 @@ def pointwise(tracer, op, args, kwargs, out):
                 tracer.pin(lb.core(field), f"{op} meets them with a tensor of a fixed size")
     merged = []
     for field in fields:
+        mine = set(lb.varying(field))
         for k, other in enumerate(merged):
-            mine, theirs = set(lb.varying(field)), set(lb.varying(other))
-            if mine and theirs and not mine & theirs:
+            theirs = set(lb.varying(other))
+            if bool(mine) != bool(theirs):
+                # One channel and several, or a channel and the positions of a map: it serves them all, and stays.
+                tracer.pin(lb.core(field if theirs else other), f"{op} spreads it over other channels", weak=True)
+            elif mine and not mine & theirs:
                 continue  # labels of different axes, the channels of one and the positions of the other
-            # One that is broadcast over the other's channels serves them all, so it has to stay.
-            if any(field.size(d) == 1 for d in theirs):
+            elif any(field.size(d) == 1 for d in theirs):
                 tracer.pin(lb.core(field), f"{op} spreads it over other channels")
+                break
             elif any(other.size(d) == 1 for d in mine):
                 tracer.pin(lb.core(other), f"{op} spreads it over other channels")
                 merged[k] = field
+                break
             else:
-                tracer.unite(field, other, weak=not mine and not theirs)
+                tracer.unite(field, other, weak=not mine)
                 merged[k] = other if theirs >= mine else field
-            break
+                break
         else:
             merged.append(field)
-    tracer.carry(out, [lb.resized(field, out.shape) for field in merged], tensors, candidate=op)
+    numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)]
+    tracer.scalars.append((str(op), numbers))
+    tracer.carry(out, [lb.resized(field, out.shape) for field in merged], tensors, candidate=True)
 
 
 def out_of(out):
@@ -305,7 +316,9 @@ def view(tracer, op, args, kwargs, out):
             shrinks = next((d for d in dims if d < len(args[1]) and args[1][d] == -1), dims[-1])
             for d in dims:
                 if d != shrinks:
-                    tracer.unite(moved, moved.narrow(d, 0, 1))
+                    first = moved.narrow(d, 0, 1)
+                    tracer.unite(moved, first)
+                    moved = first.expand(moved.shape)
         fields.append(moved)
     tracer.carry(out, fields, (x,))
 
@@ -386,7 +399,7 @@ def split(tracer, op, args, kwargs, out):
     dim = (args[position] if len(args) > position else kwargs.get("dim", 0)) % max(x.dim(), 1)
     pieces = [[] for _ in out]
     for field in tracer.labels_of(x).fields:
-        parts = op(field, *args[1:], **kwargs)
+        parts = list(op(field, *args[1:], **kwargs))
         if lb.varies(field, dim) and len(parts) > 1:
             if name == "unbind" or (name == "split_with_sizes" and len({p.size(dim) for p in parts}) > 1):
                 tracer.pin(lb.core(field), f"{op} cuts them at fixed places")
@@ -419,6 +432,9 @@ def concatenation(tracer, op, args, kwargs, out):
         for shape, fields in zip(shapes, parts, strict=True):
             same_kind = [f for f in fields if tuple(d for d in lb.varying(f) if d != dim) == kind]
             row.append(same_kind[0] if same_kind else torch.full((1,) * out.dim(), FIXED).expand(shape))
+        level = [field.narrow(dim, 0, 1) for field in row if kind and field.size(dim) and not lb.varies(field, dim)]
+        for field in level[1:]:  # what lies side by side keeps the same channels
+            tracer.unite(field, level[0])
         wide = {dim}.union(*(lb.varying(field) for field in row))
         merged.append(lb.settle(torch.cat([lb.core(field, keep=wide) for field in row], dim).expand(out.shape)))
     tracer.carry(out, merged, tensors)

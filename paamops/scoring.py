@@ -42,7 +42,9 @@ class ActivationAttention:
             raise ValueError(f"reduction is {reduction!r}; it must be one of {REDUCTIONS}")
         activation_attention(torch.zeros(1, 1), p)  # refuses a bad p before the first batch
         self.p, self.reduction = p, reduction
-        self.total = None  # (sum of the channels of all places,) float64: Σ over images
+        # Σ over images, of the channels of all places
+        device = next(self.model.parameters()).device
+        self.total = torch.zeros(int(channels.place_offsets[-1]), dtype=torch.float64, device=device)
         self.images = 0
 
     def __enter__(self):
@@ -71,12 +73,16 @@ class ActivationAttention:
         mode.__exit__(None, None, None)
         if output is None:  # the forward pass failed: its own error is what counts
             return
-        missing = sorted(set(range(len(self.channels.places))) - mode.found.keys())
-        if missing:
-            op, k, _ = self.channels.places[missing[0]]
-            raise RuntimeError(f"the forward pass took another path than the traced one: call {k} of {op} did not come")
+        for op, count in mode.counts.items():
+            if count != self.channels.op_counts[op]:
+                raise RuntimeError(
+                    f"the forward pass took another path than the traced one: {op} ran {count} times, in the trace"
+                    f" {self.channels.op_counts[op]} times. Where dropout or a norm does that, score in eval mode"
+                )
+        if not self._batch:
+            return
         flat = torch.cat([mode.found[place] for place in range(len(self.channels.places))]) * self._batch
-        self.total = flat if self.total is None else self.total + flat
+        self.total = self.total.to(flat.device) + flat
         self.images += self._batch
 
     def merge(self, group=None):
@@ -116,24 +122,26 @@ class _Listener(TorchDispatchMode):
             return op(*args, **(kwargs or {}))
         number, dim = place
         settings = {"p": self.attention.p, "reduction": self.attention.reduction, "per_image": True}
-        if op is torch.ops.aten.relu.default and dim == 1:
+        fused = op is torch.ops.aten.relu.default and dim == 1
+        out = op(*args, **(kwargs or {})) if not fused else args[0]
+        activation = out[0] if isinstance(out, (tuple, list)) else out
+        offsets = self.attention.channels.place_offsets
+        expected = offsets[number + 1] - offsets[number]
+        if activation.dim() <= dim or activation.size(dim) != expected:
+            raise RuntimeError(
+                f"the forward pass took another path than the traced one: {name} gives {tuple(activation.shape)}, but"
+                f" {expected} channels are expected along dimension {dim}"
+            )
+        if fused:
             out, attention = relu_attention(args[0], **settings)
         else:
-            out = op(*args, **(kwargs or {}))
-            activation = out[0] if isinstance(out, (tuple, list)) else out
-            offsets = self.attention.channels.place_offsets
-            expected = offsets[number + 1] - offsets[number]
-            if activation.dim() <= dim or activation.size(dim) != expected:
-                raise RuntimeError(
-                    f"the forward pass took another path than the traced one: {name} gives {tuple(activation.shape)},"
-                    f" but {expected} channels are expected along dimension {dim}"
-                )
             attention = activation_attention(activation.detach().movedim(dim, 1), **settings)
         # The mean over what the activation holds of each image: of a sequence that was flattened, over its tokens.
         self.found[number] = attention.double().mean(0)
         return out
 
 
+@torch.inference_mode(False)
 def score(model, channels, inputs, p=1, reduction="mean"):
     """Activation attention of every filter on a batch, or over batches (AAP §3.1).
 
@@ -147,10 +155,18 @@ def score(model, channels, inputs, p=1, reduction="mean"):
 
     Returns:
         (F,) float32, one score per filter.
+
+    Raises:
+        ValueError: no images; p < 1, an unknown reduction.
+        RuntimeError: the forward pass takes another path than the traced one.
     """
+    if isinstance(inputs, torch.Tensor) and inputs.dim() and not len(inputs):
+        raise ValueError(f"inputs has shape {tuple(inputs.shape)}; it must hold at least one image")
     batches = [inputs] if isinstance(inputs, (torch.Tensor, tuple, dict)) else inputs
     with tracing.evaluating(model), torch.no_grad(), ActivationAttention(channels, model, p, reduction) as attention:
         for batch in batches:
             args, kwargs = tracing.arguments(batch)
             model(*args, **kwargs)
+    if not attention.images:
+        raise ValueError("inputs holds no images; it must hold at least one")
     return attention.scores()

@@ -112,14 +112,16 @@ def _absolute(name, value, whole):
 
 def _limits(channels, value):
     """(S,) float64: what the score of each set has to exceed."""
+    count = len(channels.layers)
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
-        per_layer = torch.full((len(channels.layers),), float(value), dtype=torch.float64)
-    else:
+        value = [float(value)] * count
+    try:
         per_layer = torch.as_tensor(value, dtype=torch.float64).cpu()
-    if per_layer.shape != (len(channels.layers),) or per_layer.isnan().any():
+    except (TypeError, ValueError, RuntimeError):
+        per_layer = None
+    if isinstance(value, bool) or per_layer is None or per_layer.shape != (count,) or per_layer.isnan().any():
         raise ValueError(
-            f"threshold has shape {tuple(per_layer.shape)}; it must be one number, or one for each of the"
-            f" {len(channels.layers)} layers, and no NaN"
+            f"threshold is {value!r}; it must be one number, or one for each of the {count} layers, no NaN"
         )
     return channels.set_scores(per_layer[channels.filters])
 

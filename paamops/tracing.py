@@ -8,7 +8,7 @@ import contextlib
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from paamops import labels as lb
@@ -31,8 +31,9 @@ class Tracer(TorchDispatchMode):
     """Follows the labels of `tensors` (name -> parameter or buffer) through the ATen ops that run inside the mode.
 
     `vectors`: name -> for every axis the labels of its indices, int64. What it finds: `edges` (pairs of arrays of
-    labels that are one, with the op that said so; `weak` where both stand in a dimension of size 1), `pins` (arrays of
-    labels that stay, with the reason), `layers` (weight name -> Layer) and `calls` (one for every call of a layer).
+    labels that are one, with the op that said so), `pins` (arrays of labels that stay, with the reason), `layers`
+    (weight name -> Layer), `calls` (one for every call of a layer) and `scalars` (the numbers that pointwise ops were
+    given). In a dimension of size 1, one channel and one that is broadcast look alike: `weak` and `weak_pins`.
     """
 
     def __init__(self, tensors, vectors, depthwise=None):
@@ -42,7 +43,9 @@ class Tracer(TorchDispatchMode):
         self.known = WeakTensorKeyDictionary()
         for name, tensor in tensors.items():
             self.known[tensor] = lb.of_parameter(name, vectors[name], tensor.shape)
-        self.edges, self.weak, self.pins, self.layers, self.calls = [], [], [], {}, []
+        self.edges, self.weak, self.pins, self.weak_pins = [], [], [], []
+        self.layers, self.calls, self.scalars = {}, [], []
+        self.used = set()  # names of the parameters that some op took
         self.read_axes = {}  # weight name -> its axes that read channels
         self.closed = set()  # calls whose output something has read
         self.counts = {}  # how often each op ran
@@ -53,7 +56,9 @@ class Tracer(TorchDispatchMode):
         self.op, self.inputs = op, self.tensors(args, kwargs)
         out = op(*args, **kwargs)
         self.counts[op] = self.counts.get(op, 0) + 1
-        if any(t in self.known for t in self.inputs):
+        labelled = [self.known[t] for t in self.inputs if t in self.known]
+        self.used.update(each.parameter for each in labelled if each.parameter)
+        if labelled:
             rules.find(op)(self, op, args, kwargs, out)
         return out
 
@@ -78,18 +83,32 @@ class Tracer(TorchDispatchMode):
         else:
             self.known.pop(tensor, None)
 
-    def carry(self, out, fields, sources, candidate=None):
+    def carry(self, out, fields, sources, candidate=False):
         """`out` has these fields; as a `candidate` it is the activation of the filters that nobody has read yet."""
-        pending = frozenset().union(*(self.labels_of(s).pending for s in sources)) - self.closed
-        self.set(out, Labels(tuple(fields), pending=pending))
-        if candidate is not None and pending and len(fields) == 1 and len(lb.varying(fields[0])) <= 1:
-            dim = (*lb.varying(fields[0]), 1)[0]
-            if out.dim() >= 2 and 0 < dim < out.dim():
-                place = (str(candidate), self.counts[candidate] - 1, dim)
-                for call in pending:
-                    self.calls[call]["activations"].append((place, lb.core(fields[0], keep=(dim,)).reshape(-1)))
+        fields = tuple(fields)
+        pending = {}
+        for source in sources:
+            for call, seen in self.labels_of(source).pending:
+                if call not in self.closed:
+                    pending.setdefault(call, seen)
+        if candidate and pending and out.is_floating_point():
+            bearing = [field for field in fields if lb.varying(field)] or list(fields)
+            dims = lb.varying(bearing[0]) if len(bearing) == 1 else (0,)
+            dim = dims[0] if dims else 1
+            if len(dims) <= 1 and 0 < dim < out.dim():
+                place = (str(self.op), self.counts[self.op] - 1, dim)
+                seen = (place, lb.core(bearing[0], keep=(dim,)).reshape(-1))
+                pending = dict.fromkeys(pending, seen)
+        self.set(out, Labels(fields, pending=tuple(pending.items())))
 
-    def issue(self, out, dim, name, axes, rows, kind, positions, kept_fields=()):
+    def close(self, tensor):
+        """A layer reads the tensor, or it leaves the model: what it carries is the activation of its filters."""
+        for call, seen in self.labels_of(tensor).pending:
+            if call not in self.closed:
+                self.closed.add(call)
+                self.calls[call]["activations"].append(seen)
+
+    def issue(self, out, dim, name, axes, rows, kind, positions):
         """`out` is the output of the layer with the weight `name`: its channels along `dim` are the layer's filters.
 
         `axes`: of the weight, (the one that reads or None, the one that issues). `rows`: the labels of the filters.
@@ -97,12 +116,11 @@ class Tracer(TorchDispatchMode):
         reads, issues = axes
         self.read_axes.setdefault(name, set()).update(() if reads is None else (reads,))
         call = len(self.calls)
-        place = (str(self.op), self.counts[self.op] - 1, dim)
-        self.calls.append({"weight": name, "positions": positions, "activations": [(place, rows)]})
+        seen = ((str(self.op), self.counts[self.op] - 1, dim), rows)
+        self.calls.append({"weight": name, "axis": issues, "positions": positions, "activations": [seen]})
         if name not in self.layers:
             self.layers[name] = Layer(name.removesuffix(".weight"), name, kind, tuple(out.shape[1:]), rows, issues)
-        fields = (lb.on_vector(rows, dim, out.shape), *kept_fields)
-        self.set(out, Labels(fields, pending=frozenset([call])))
+        self.set(out, Labels((lb.on_vector(rows, dim, out.shape),), pending=((call, seen),)))
 
     def along(self, field, dim):
         """The labels along `dim`; those that share an index, since the field changes elsewhere too, are united."""
@@ -120,14 +138,12 @@ class Tracer(TorchDispatchMode):
             self.unite(vectors[0], other)
         return vectors[0] if vectors else None
 
-    def read(self, tensor, dim, others):
-        """As `vector`, by a layer: what it carries has been read. Labels of other axes are kept or pinned."""
-        known = self.labels_of(tensor)
-        self.closed |= known.pending
-        if others == "pin":
-            for field in known.fields:
-                if lb.varying(field) and not lb.varies(field, dim):
-                    self.pin(lb.core(field), f"{self.op} mixes them")
+    def read(self, tensor, dim):
+        """As `vector`, by a layer: what it carries has been read. Labels of other axes are pinned."""
+        self.close(tensor)
+        for field in self.labels_of(tensor).fields:
+            if lb.varying(field) and not lb.varies(field, dim):
+                self.pin(lb.core(field), f"{self.op} has a place for each of them")
         return self.vector(tensor, dim)
 
     def unite_with_vector(self, parameter, vector):
@@ -153,17 +169,17 @@ class Tracer(TorchDispatchMode):
             a, b = a[~fixed], b[~fixed]
         (self.weak if weak else self.edges).append((a.numpy(), b.numpy(), str(self.op)))
 
-    def pin(self, labels, reason):
+    def pin(self, labels, reason, weak=False):
         labels = labels.reshape(-1)
-        self.pins.append((labels[labels != FIXED].numpy(), reason))
+        (self.weak_pins if weak else self.pins).append((labels[labels != FIXED].numpy(), reason))
 
     def pin_tensor(self, tensor, reason):
-        known = self.labels_of(tensor)
-        self.closed |= known.pending
-        for field in known.fields:
+        self.close(tensor)
+        for field in self.labels_of(tensor).fields:
             self.pin(lb.core(field), reason)
 
 
+@torch.inference_mode(False)  # inside inference mode layers do not come as the ATen ops that the rules know
 def trace(model, example_inputs, pinned=()):
     """Find the channel sets of a network: which filters can be removed, with what, and what each costs.
 
@@ -184,10 +200,12 @@ def trace(model, example_inputs, pinned=()):
     Raises:
         ValueError: the forward pass fails on `example_inputs`, no layer with filters runs in it, or `pinned` names
             nothing in the model.
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or TorchScript.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        raise TypeError("model is, or holds, a TorchScript module; it must be ordinary PyTorch code")
     tensors = named_tensors(model)
     vectors, total = {}, 0
     for name, tensor in tensors.items():
@@ -198,10 +216,13 @@ def trace(model, example_inputs, pinned=()):
     pinned_names = names_of(model, tensors, pinned)
     tracer = Tracer(tensors, vectors)
     try:
-        with evaluating(model):
-            follow(tracer, model, example_inputs)
+        with evaluating(model), requiring_grad(tensors.values()):
+            follow(tracer, model, tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, example_inputs))
     except ForwardError as error:
         raise ValueError(f"the forward pass of model fails on example_inputs, in {error.op}: {error}") from error
+    for number, call in enumerate(tracer.calls):
+        if number not in tracer.closed:
+            tracer.pin(call["activations"][0][1], "nothing that the trace saw reads it")
     if not tracer.layers:
         raise ValueError("model has nothing to prune: no convolution or linear layer with a parameter of its own ran")
     for name, layer in tracer.layers.items():
@@ -237,8 +258,17 @@ def arguments(inputs):
     return (inputs,), {}
 
 
-def leaves(tree):
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+def leaves(tree, seen=None):
+    """All tensors in nested containers, in the attributes of objects too (a dataclass as output, say)."""
+    seen = set() if seen is None else seen
+    found = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, torch.Tensor):
+            found.append(leaf)
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, torch.nn.Module)) and id(leaf) not in seen:
+            seen.add(id(leaf))
+            found.extend(leaves(list(vars(leaf).values()), seen))
+    return found
 
 
 def named_tensors(model):
@@ -268,11 +298,29 @@ def names_of(model, tensors, pinned):
 
 @contextlib.contextmanager
 def evaluating(model):
-    """The model in eval mode, every module's own mode restored afterwards."""
+    """The model in eval mode; every module's own mode, and what the forward pass wrote into buffers, is put back."""
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     model.eval()
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        with torch.no_grad():
+            for buffer, version, before in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def requiring_grad(tensors):
+    """All parameters require gradients: only then does PyTorch run a linear layer as one product whatever its input."""
+    frozen = [t for t in tensors if isinstance(t, torch.nn.Parameter) and t.is_floating_point() and not t.requires_grad]
+    for tensor in frozen:
+        tensor.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)

@@ -1,10 +1,14 @@
 """The law: a packed network computes what its masked twin does, and costs what the trace says."""
 
 import copy
+import dataclasses
+import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import paamops
 from tests import networks
@@ -26,6 +30,17 @@ def check_law(model, inputs, keep, channels):
     assert cost.bytes == sum(t.numel() * t.element_size() for t in (*small.parameters(), *small.buffers()))
     assert cost[:3] == again[:3]
     return small
+
+
+@pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.__name__)
+def test_flops_as_torch_counts_them(network):
+    model, inputs = networks.make(network)
+    channels = paamops.trace(model, inputs)
+    keep = random_keep(channels, 0.5)
+    for each, cost in ((model, channels.cost()), (paamops.pack(model, channels, keep), channels.cost(keep))):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            each(*inputs)
+        assert cost.flops == counter.get_total_flops() // len(inputs[0])
 
 
 @pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.__name__)
@@ -177,17 +192,143 @@ def test_a_split_is_followed_along_its_free_part():
     assert channels.sets[:8].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
+class Made(nn.Module):
+    """A forward pass given as a function of the module and its input, and the layers that it uses."""
+
+    def __init__(self, forward, **layers):
+        super().__init__()
+        self.function = forward
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+def conv(inputs, outputs):
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
 def test_the_check_sees_channels_that_meet_the_wrong_ones():
-    """As if the trace had mistaken the order of a layer's filters: every shape fits, but not what stands there."""
-    model, inputs = networks.make(networks.Split)
-    channels = paamops.trace(model, inputs)
+    """Every shape fits, but a smaller network takes its channels in another order."""
+    model = Made(lambda s, x: s.b(h if (h := s.a(x)).shape[1] == 8 else h.flip(1)), a=conv(3, 8), b=conv(8, 4)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    channels = paamops.trace(model, x)
+    paamops.pack(model, channels, torch.ones_like(channels.pinned))
     keep = torch.ones_like(channels.pinned)
-    keep[channels.sets[channels.offsets[2]]] = False
-    paamops.pack(model, channels, keep)
-    filters, *others = channels.components["three.weight"]
-    channels.components["three.weight"] = (filters[::-1].copy(), *others)
-    with pytest.raises(paamops.PackingError, match=r"three.*brings together what the trace keeps apart"):
+    keep[3] = False
+    with pytest.raises(paamops.PackingError, match=r"brings together what the trace keeps apart.*pinned=\('a',\)"):
         paamops.pack(model, channels, keep)
+
+
+def test_the_check_sees_numbers_that_follow_the_channels():
+    model = Made(lambda s, x: s.b(F.relu(h := s.a(x)) / math.sqrt(h.shape[1])), a=conv(3, 8), b=conv(8, 4)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    channels = paamops.trace(model, x)
+    with pytest.raises(paamops.PackingError, match=r"div.Tensor is given \[2.6.*\], not \[2.8"):
+        paamops.pack(model, channels, channels.pinned | (torch.arange(len(channels.pinned)) > 0))
+
+
+@dataclasses.dataclass
+class Out:
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+OUTSIDE = {
+    "in a dataclass": lambda s, x: Out(s.b(h := F.relu(s.a(x))), h),
+    "as NumPy": lambda s, x: torch.from_numpy(s.a(x).numpy()).mean(1),
+    "normalised by place": lambda s, x: s.norm(s.a(x).flatten(2)[..., :5].mT).mean(2),
+    "as a weight": lambda s, x: s.b(F.relu(s.a(x))) + F.conv2d(x, s.a.weight / 2, padding=1).mean(1, keepdim=True),
+    "as a bias": lambda s, x: F.conv2d(x, s.b.weight[:, :3], s.a.bias[:4], padding=1) + s.a(x).mean(1, keepdim=True),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("forward", OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_what_leaves_in_other_ways_stays(forward):
+    model, x = Made(forward, a=conv(3, 8), b=conv(8, 4), norm=nn.BatchNorm1d(5)).eval(), torch.randn(2, 3, 6, 6)
+    channels = paamops.trace(model, x)
+    assert channels.pinned[channels.sets[:8]].all()
+
+
+FOLLOWED = {
+    "linear over the channels of a map": (
+        lambda s, x: s.h(F.gelu(s.l(s.p(x).permute(0, 2, 3, 1))).mean((1, 2))),
+        {"p": conv(3, 8), "l": nn.Linear(8, 9), "h": nn.Linear(9, 3)},
+    ),
+    "groups averaged": (
+        lambda s, x: s.b(F.relu(s.a(x).view(2, 4, -1, 6, 6).mean(1))), {"a": conv(3, 16), "b": conv(4, 5)}
+    ),
+    "stacked": (
+        lambda s, x: s.h(torch.stack([s.a(x), s.b(x)], 1).flatten(1, 2)),
+        {"a": conv(3, 6), "b": conv(3, 6), "h": conv(12, 4)},
+    ),
+    "a learned map of positions": (
+        lambda s, x: s.b(F.relu(s.a(x) + s.p)),
+        {"a": conv(3, 8), "b": conv(8, 4), "p": nn.Parameter(torch.ones(1, 8, 6, 6))},
+    ),
+    "tied, both ways round": (
+        lambda s, x: F.linear(F.relu(F.linear(F.relu(s.a(x)).mean((2, 3)), s.w)), s.w.t()).mean(1),
+        {"a": conv(3, 8), "w": nn.Parameter(torch.randn(5, 8))},
+    ),
+    "one channel attention of many": (
+        lambda s, x: s.b((h := F.relu(s.a(x))) * torch.sigmoid(s.e(h.mean((2, 3))[:, None]))[:, 0, :, None, None]),
+        {"a": conv(3, 8), "b": conv(8, 4), "e": nn.Conv1d(1, 1, 3, padding=1)},
+    ),
+    "rows that are channels": (
+        lambda s, x: s.h(F.relu(s.t(F.relu(s.a(x)).flatten(2))).mean(2)),
+        {"a": conv(3, 4), "t": nn.Linear(36, 5), "h": nn.Linear(4, 3)},
+    ),
+    "a recurrent layer": (
+        lambda s, x: s.h(s.g(F.relu(s.a(x)).flatten(2).mT.contiguous())[0][:, -1]),
+        {"a": conv(3, 8), "g": nn.GRU(8, 6, batch_first=True), "h": nn.Linear(6, 3)},
+    ),
+    "long short-term memory": (
+        lambda s, x: s.h(s.g(F.relu(s.a(x)).flatten(2).mT.contiguous())[0][:, -1]),
+        {"a": conv(3, 8), "g": nn.LSTM(8, 6, batch_first=True), "h": nn.Linear(6, 3)},
+    ),
+    "multi-head attention": (
+        lambda s, x: s.h(s.g(*[F.relu(s.a(x)).flatten(2).mT] * 3)[0].mean(1)),
+        {"a": conv(3, 8), "g": nn.MultiheadAttention(8, 2, batch_first=True), "h": nn.Linear(8, 3)},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("forward", "layers"), FOLLOWED.values(), ids=FOLLOWED.keys())
+@pytest.mark.parametrize("frozen", [False, True])
+def test_followed_or_pinned_but_never_wrong(forward, layers, frozen):
+    model, x = Made(forward, **copy.deepcopy(layers)).eval().requires_grad_(not frozen), torch.randn(2, 3, 6, 6)
+    channels = paamops.trace(model, x)
+    assert all(p.requires_grad != frozen for p in model.parameters())
+    paamops.score(model, channels, x)
+    for share in (0.0, 0.5, 1.0):
+        check_law(model, (x,), random_keep(channels, share), channels)
+
+
+def test_linear_layers_over_maps_can_be_pruned():
+    forward, layers = FOLLOWED["linear over the channels of a map"]
+    channels = paamops.trace(Made(forward, **layers), torch.randn(2, 3, 6, 6))
+    assert (~channels.pinned).sum() == 17
+
+
+def test_inside_inference_mode():
+    model, inputs = networks.make(networks.Residual)
+    with torch.inference_mode():
+        channels = paamops.trace(model, inputs)
+        scores = paamops.score(model, channels, inputs)
+        small = paamops.pack(model, channels, paamops.select(channels, scores, params=0.5))
+    assert not any(p.is_inference() for p in small.parameters())
+
+
+def test_results_that_a_module_keeps_are_copied():
+    def forward(s, x):
+        s.kept = s.a(x)
+        return s.b(F.relu(s.kept)).mean((2, 3))
+
+    model, x = Made(forward, a=conv(3, 8), b=conv(8, 4)).eval(), torch.randn(2, 3, 6, 6)
+    channels = paamops.trace(model, x)
+    model(x).sum().backward()
+    check_law(model, (x,), random_keep(channels, 0.5), channels)
 
 
 def test_bad_keep_is_a_clear_error():

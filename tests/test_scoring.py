@@ -121,8 +121,13 @@ def test_the_model_is_left_in_its_mode():
 def test_errors():
     model, inputs = networks.make(networks.Residual)
     channels = paamops.trace(model, inputs)
-    with pytest.raises(RuntimeError, match="no images were seen"):
-        paamops.score(model, channels, [])
+    for nothing in ([], inputs[0][:0], [inputs[0][:0]]):
+        with pytest.raises(ValueError, match=r"inputs .* it must hold at least one"):
+            paamops.score(model, channels, nothing)
+    some = paamops.score(model, channels, [inputs[0], inputs[0][:0]])
+    torch.testing.assert_close(some, paamops.score(model, channels, inputs))
+    with paamops.ActivationAttention(channels) as watch, pytest.raises(RuntimeError, match="no images were seen"):
+        watch.scores()
     with pytest.raises(ValueError, match="p"):
         paamops.score(model, channels, inputs, p=0.5)
     with pytest.raises(ValueError, match="reduction is 'median'"):
@@ -134,6 +139,52 @@ def test_errors():
     with pytest.raises(RuntimeError, match=r"channels"):
         paamops.score(model, channels, torch.randn(2, 4, 8, 8))  # the model's own error, and no mode left behind
     torch.testing.assert_close(paamops.score(model, channels, inputs), paamops.score(model, channels, inputs))
+
+
+class Branching(torch.nn.Module):
+    """Side branches, checks, dropout, and another path when asked."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 3))
+        self.drop, self.more = torch.nn.Dropout(), False
+
+    def forward(self, x):
+        if self.more:
+            F.relu(self.c(x))
+        h = F.relu(self.a(x))
+        assert not torch.isnan(h.sum((1, 2, 3))).any()
+        (h * 100).mean((1, 2, 3))
+        h.pow(2)
+        k = self.drop(self.b(h))
+        return k * torch.sigmoid(k)
+
+
+def test_side_branches_are_not_the_activation():
+    model, x = Branching().eval(), torch.randn(2, 3, 6, 6)
+    scores = paamops.score(model, paamops.trace(model, x), x)
+    with torch.no_grad():
+        expected = attention(F.relu(model.a(x)), 1, "mean")
+    torch.testing.assert_close(scores[:8].double(), expected, **CLOSE)
+
+
+def test_another_path_is_refused_not_scored():
+    model, x = Branching().eval(), torch.randn(2, 3, 6, 6)
+    channels = paamops.trace(model, x)
+    model.more = True
+    with pytest.raises(RuntimeError, match="another path than the traced one"):
+        paamops.score(model, channels, x)
+    model.more = False
+    with paamops.ActivationAttention(channels) as watch, pytest.raises(RuntimeError, match="eval mode"):
+        model.train()(x)  # dropout multiplies, too
+    with pytest.raises(RuntimeError, match="no images were seen"):
+        watch.scores()
+
+
+def test_a_process_without_images_can_merge():
+    model, x = Branching().eval(), torch.randn(2, 3, 6, 6)
+    watch = paamops.ActivationAttention(paamops.trace(model, x))
+    assert watch.total.shape == watch.channels.place_offsets[-1:]
 
 
 def _process(rank, port, result):

@@ -91,6 +91,9 @@ def test_thresholds():
     assert removed == [0, 1, 2, 8, *range(20, 29)]  # of the third layer the best stays, the fourth is pinned
     with pytest.raises(ValueError, match="one for each of the 4 layers"):
         paamops.select(channels, scores, threshold=[1.0, 2.0])
+    for bad in ("abc", True, float("nan"), {}):
+        with pytest.raises(ValueError, match=r"threshold is .*; it must be one number"):
+            paamops.select(channels, scores, threshold=bad)
 
 
 def test_a_sets_score_is_the_mean_of_its_filters():

@@ -126,6 +126,28 @@ def test_the_model_is_left_as_it_was():
         assert torch.equal(tensor, before[name]), name
 
 
+class Counting(nn.Module):
+    """It counts its calls in a buffer, writes into its input, and has a layer that only training uses."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.training_only = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 4, 1), nn.Conv2d(8, 2, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        x.mul_(2)
+        return self.second(F.relu(self.first(x)))
+
+
+def test_what_the_forward_pass_writes_is_put_back():
+    model, x = Counting(), torch.ones(2, 3, 4, 4)
+    channels = paamops.trace(model, x)
+    assert model.calls == 0
+    assert (x == 1).all()
+    assert "not used in this forward pass, so left as they are: training_only.weight" in channels.explain()
+
+
 class Mixing(nn.Module):
     """Two convolutions with an arbitrary function between them."""
 
@@ -202,12 +224,15 @@ def test_pinned_by_name_and_by_module():
         paamops.trace(model, inputs, pinned="nowhere")
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
 def test_bad_input_is_a_clear_error():
     model, _ = networks.make(networks.Plain)
     with pytest.raises(ValueError, match=r"forward pass of model fails on example_inputs, in aten.convolution"):
         paamops.trace(model, torch.randn(2, 4, 8, 8))
     with pytest.raises(ValueError, match="nothing to prune"):
         paamops.trace(nn.Sequential(nn.ReLU(), nn.Flatten()), torch.randn(2, 3))
+    with pytest.raises(TypeError, match="TorchScript"):
+        paamops.trace(torch.jit.trace(model, torch.randn(2, 3, 8, 8)), torch.randn(2, 3, 8, 8))
     with pytest.raises(TypeError, match=r"model is a function; it must be a torch.nn.Module"):
         paamops.trace(F.relu, torch.randn(2, 3))
 

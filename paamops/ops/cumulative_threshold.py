@@ -1,6 +1,7 @@
 """The exact threshold whose kept elements stay within a budget, by radix descent over cumulative histograms."""
 
 import math
+import numbers
 
 import torch
 
@@ -61,7 +62,7 @@ def cumulative_threshold(scores, costs=None, budget=0.5):
     threshold, keep = _op(scores, costs, _budget(scores, costs, budget))
     if scores.is_cpu and not torch.compiler.is_compiling() and threshold.isnan():
         _refuse_non_finite(scores)
-        raise ValueError(f"costs must be >= 0, got {costs.min().item()}")
+        raise ValueError(f"costs must be >= 0 with a sum below 2^63; the smallest is {costs.min().item()}")
     return threshold, keep
 
 
@@ -177,12 +178,12 @@ def _refuse_non_finite(scores):
 
 def _budget(scores, costs, budget):
     """The absolute budget as a 0-d int64 tensor on the device of scores, without reading anything back."""
-    if isinstance(budget, bool) or not isinstance(budget, (int, float)):
+    if isinstance(budget, bool) or not isinstance(budget, numbers.Real):
         raise TypeError(f"budget must be a float (a fraction) or an int (absolute), got {type(budget).__name__}")
-    if isinstance(budget, int):
+    if isinstance(budget, numbers.Integral):
         if not 0 <= budget < 1 << 63:
             raise ValueError(f"budget must be >= 0 and below 2^63 if it is an int, got {budget}")
-        return torch.full((), budget, dtype=torch.int64, device=scores.device)
+        return torch.full((), int(budget), dtype=torch.int64, device=scores.device)
     if not 0 < budget <= 1:
         raise ValueError(f"budget must be in (0, 1] if it is a float, got {budget}")
     if costs is None:

@@ -182,9 +182,10 @@ def _pool(tensors, indices):
                 f"tensors[{t}] is on {tensor.device}, but all must be on the device of the first, {device}"
             )
         shape = tensor.shape
-        if len(axes) != len(shape):
+        if not isinstance(axes, (tuple, list)) or len(axes) != len(shape):
+            found = len(axes) if isinstance(axes, (tuple, list)) else type(axes).__name__
             raise ValueError(
-                f"indices[{t}] must have one entry per dimension of tensors[{t}], {len(shape)}, got {len(axes)}"
+                f"indices[{t}] must have one entry per dimension of tensors[{t}], {len(shape)}, got {found}"
             )
         for dim, vector in enumerate(axes):
             if vector is None:

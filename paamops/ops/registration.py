@@ -41,10 +41,16 @@ def define(schema, *, reference, fake, setup_context=None, backward=None):
     torch.library.register_fake(f"paamops::{name}", fake, lib=_library)
     if _has_triton_kernel(name):
         _library.impl(name, lambda *args: _triton_kernel(name)(*args), "CUDA")
+    if backward is None and name.endswith("_backward"):
+        backward = _refuse_second_order
     if backward is not None:
         torch.library.register_autograd(f"paamops::{name}", backward, setup_context=setup_context, lib=_library)
     OPS.append(name)
     return getattr(torch.ops.paamops, name).default
+
+
+def _refuse_second_order(ctx, *grads):
+    raise RuntimeError("this op is differentiable once; its gradient has no gradient")
 
 
 def build_info():

@@ -353,3 +353,10 @@ def test_compiles_without_a_graph_break():
         mean, peak = function(one, 2, ("mean", "max"))
         (mean.sum() + peak.sum()).backward()
     assert torch.equal(x.grad, y.grad)
+
+
+def test_a_second_gradient_is_refused():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(activation_attention(x, 3).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.square().sum().backward()

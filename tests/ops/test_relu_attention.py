@@ -205,3 +205,10 @@ def test_same_bits_in_every_run_and_for_every_number_of_threads(layout):
                     assert torch.equal(one, other)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_second_gradient_is_refused():
+    x = torch.randn(2, 3, 4, 4, requires_grad=True)
+    (grad,) = torch.autograd.grad(relu_attention(x, 3)[1].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        grad.square().sum().backward()
