@@ -1,14 +1,14 @@
 """The command line: `python -m paamops prune | explain | info`."""
 
 import argparse
-import contextlib
+import functools
 import importlib
 import logging
 import os
 import sys
 from pathlib import Path
 
-from paamops import data, models
+from paamops import __version__, data, models, saving
 
 EXAMPLES = """\
 examples:
@@ -30,39 +30,56 @@ DIGITS = {"epochs": 12, "finetune_epochs": 8, "batch_size": 64}
 
 def main(argv=None):
     """Run one command; the exit code: 0, 1 after an error, 2 for a wrong command line, 130 after Ctrl-C."""
-    args = parser().parse_args(argv)
+    debug = False
     try:
+        args = parser().parse_args(argv)
+        debug = args.debug
         args.run(args)
     except KeyboardInterrupt:
-        print("paamops: interrupted", file=sys.stderr)
+        complain("interrupted")
         return 130
     except Exception as error:
-        if args.debug:
+        if debug:
             raise
-        print(f"paamops: {' '.join(str(error).split()) or type(error).__name__}", file=sys.stderr)
+        complain(" ".join(str(error).split()) or type(error).__name__)
         return 1
     return 0
 
 
+def complain(message):
+    """One line on stderr, from the first of the processes that share the work: the others fail with it."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"paamops: {message}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line."""
+
+    def error(self, message):
+        complain(f"{message}; see {self.prog} --help")
+        sys.exit(2)
+
+
 def parser():
     """The argument parser."""
-    top = argparse.ArgumentParser(
+    top = Parser(
         prog="python -m paamops",
         description="Make a convolutional network smaller and faster by removing whole filters.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    top.add_argument("--version", action="version", version=f"paamops {__version__}")
     commands = top.add_subparsers(required=True, metavar="command")
     add_prune(commands)
-    add_explain(commands)
-    info = command(commands, "info", "say what was built, and which kernels serve which device", run_info)
-    info.set_defaults(debug=False)
+    add_subject(command(commands, "explain", "show which filters can be removed, which cannot, and why", run_explain))
+    command(commands, "info", "say what was built, and which kernels serve which device", run_info)
     return top
 
 
 def command(commands, name, help, run):
     new = commands.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".", allow_abbrev=False)
+    new.add_argument("--debug", action="store_true", help="show the traceback of an error")
     new.set_defaults(run=run)
     return new
 
@@ -80,7 +97,7 @@ def add_prune(commands):
     how.add_argument("--epochs", type=count, metavar="N", help="training before pruning (digits: 12; else the paper's)")
     how.add_argument("--finetune-epochs", type=count, metavar="N", help="training after it (digits: 8; else half)")
     how.add_argument("--batch-size", type=positive, metavar="N", help="images a step (digits: 64; else the paper's)")
-    how.add_argument("--seed", type=count, default=0, help="same seed, same result (default: 0)")
+    how.add_argument("--seed", type=seed, default=0, help="same seed, same result (default: 0)")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     how.add_argument("--processes", type=positive, default=1, metavar="N", help="share every batch (default: 1)")
     how.add_argument(
@@ -88,13 +105,6 @@ def add_prune(commands):
     )
     how.add_argument("--out", metavar="FILE", help="the packed model (default: runs/MODEL-DATA.safetensors)")
     how.add_argument("--quiet", action="store_true", help="print the final table only")
-    how.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-
-def add_explain(commands):
-    new = command(commands, "explain", "show which filters can be removed, which cannot, and why", run_explain)
-    add_subject(new)
-    new.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_subject(new):
@@ -102,6 +112,7 @@ def add_subject(new):
     subject = new.add_argument_group("network and images")
     subject.add_argument(
         "--model",
+        type=network,
         metavar="NAME",
         help="lenet5, resnet20, -32, -44, -56, -110, vgg16, or package.module:function that builds yours"
         " (default: resnet20)",
@@ -114,40 +125,60 @@ def add_subject(new):
         help="default: digits, which needs no download; folder: your own images, --data-root/class/*.png",
     )
     subject.add_argument("--data-root", default="data", metavar="DIR", help="where the images are (default: data)")
+    subject.add_argument(
+        "--pinned",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="remove no filter of this module or parameter of the network; may be given several times",
+    )
 
 
 def amount(text):
     """A fraction (0.5) or a whole number (100000)."""
+    for kind in (int, float):
+        try:
+            value = kind(text)
+        except ValueError:
+            continue
+        if value >= 1 if kind is int else 0 < value <= 1:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction above 0, up to 1.0, nor a whole number from 1 up")
+
+
+def whole(text, least, most=None):
+    """A whole number from `least` to `most`."""
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
-        value = float(text)
-        if not 0 < value <= 1:
-            raise argparse.ArgumentTypeError(f"{text!r} is neither a fraction in (0, 1] nor a whole number") from None
-        return value
-
-
-def count(text):
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} must be at least 0")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < least or (most is not None and value > most):
+        limits = f"at least {least}" if most is None else f"{least} to {most}"
+        raise argparse.ArgumentTypeError(f"{text!r} must be {limits}")
     return value
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} must be at least 1")
-    return value
+count = functools.partial(whole, least=0)
+positive = functools.partial(whole, least=1)
+seed = functools.partial(whole, least=0, most=2**32 - 1)  # what NumPy takes
+
+
+def network(text):
+    """The name of a built-in network, or package.module:function."""
+    module, colon, name = text.partition(":")
+    if text not in models.NETWORKS and not (module and colon and name):
+        known = ", ".join(models.NETWORKS)
+        raise argparse.ArgumentTypeError(f"{text!r}; it must be one of {known}, or package.module:function")
+    return text
 
 
 def run_prune(args):
     from paamops import pruning, training
-    from paamops.saving import save
 
     name = model_name(args)
     out = Path(args.out or f"runs/{name}-{args.data}.safetensors")
     check_writable(out)
+    check_device(args.device)
     fabric = training.make_fabric(args.device, args.precision, args.processes)
     for logger in ("lightning.fabric", "lightning_fabric"):
         logging.getLogger(logger).setLevel(logging.WARNING)  # not how the processes find each other
@@ -162,12 +193,12 @@ def run_prune(args):
     sizes = ", ".join(f"{len(getattr(dataset, split))} {split}" for split in ("train", "validation", "test"))
     say(f"{name} on {args.data} ({sizes} images), {fabric.device}, seed {args.seed}")
     budget = {key: getattr(args, key) for key in ("params", "flops", "filters") if getattr(args, key) is not None}
-    small, _ = pruning.prune(model, dataset, fabric, plan, budget or {"params": 0.5}, say, args.quiet or not leads)
+    quiet = args.quiet or not leads
+    small, _ = pruning.prune(model, dataset, fabric, plan, budget or {"params": 0.5}, say, quiet, args.pinned)
     if leads:
-        rows = pruning.report(model, small, dataset.to(fabric.device))
-        save(small, out)
-        print(pruning.table(rows))
+        saving.save(small, out)  # before anything else can go wrong
         say(f"saved to {out}")
+        print(pruning.table(pruning.report(model, small, dataset.to(fabric.device))))
     fabric.barrier()
 
 
@@ -177,7 +208,7 @@ def run_explain(args):
     from paamops.tracing import trace
 
     shape, num_classes = data.describe(args.data, args.data_root)
-    print(trace(find_model(args, shape, num_classes), torch.zeros(1, *shape)).explain())
+    print(trace(find_model(args, shape, num_classes), torch.zeros(1, *shape), args.pinned).explain())
 
 
 def run_info(args):
@@ -211,16 +242,18 @@ def model_name(args):
     """A short name of the network: of the built-in one, of the user's function, or of the file it comes from."""
     if args.model is None and args.weights:
         return Path(args.weights).stem
-    return (args.model or "resnet20").rpartition(":")[2]
+    return (args.model or "resnet20").replace(":", "-")
 
 
 def find_model(args, shape, num_classes):
     """The network that the command line names, for images of `shape` (c, h, w)."""
-    from paamops.saving import load
-
-    own = function(args.model) if args.model and ":" in args.model else None
+    own = functools.partial(build_own, args.model) if args.model and ":" in args.model else None
     if args.weights:
-        model = load(args.weights, own)
+        try:
+            model = saving.load(args.weights, own)
+        except saving.UnknownNetworkError as error:
+            held = str(error).partition(";")[0]
+            raise ValueError(f"{held}; say which function builds it: --model package.module:function") from error
         recipe = getattr(model, "paamops_recipe", None) or {}
         if own is None and args.model not in (None, recipe["name"]):
             raise ValueError(f"{args.weights}: holds a {recipe['name']}, not a {args.model}")
@@ -234,29 +267,47 @@ def find_model(args, shape, num_classes):
     return models.build(args.model or "resnet20", in_channels=shape[0], num_classes=num_classes)
 
 
-def function(text):
-    """The function that "package.module:function" names; modules in the current folder are found too."""
-    module, _, name = text.rpartition(":")
+def build_own(text):
+    """What the function that "package.module:function" names builds; modules in the current folder are found too."""
+    import torch
+
+    module, _, name = text.partition(":")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"--model {text}: cannot import {module!r} ({error})") from error
-    found = getattr(found, name, None)
-    if not callable(found):
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--model {text}: cannot import {module!r} ({type(error).__name__}: {error})") from error
+    build = getattr(found, name, None)
+    if not callable(build):
         raise ValueError(f"--model {text}: {module} has no function {name!r}")
-    return found
+    try:
+        model = build()
+    except (Exception, SystemExit) as error:
+        raise ValueError(f"--model {text}: {name}() raised {type(error).__name__}: {error}") from error
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(f"--model {text}: {name}() returned a {type(model).__name__}; it must be a torch.nn.Module")
+    return model
 
 
 def check_writable(path):
-    """Know before an hour of training that the result can be stored."""
-    if path.is_dir():
-        raise ValueError(f"--out {path}: is a folder")
-    with contextlib.suppress(FileExistsError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--out {path}: cannot write to {path.parent}")
+    """Know before an hour of training that the result can be stored: the file that is written first is made once."""
+    try:
+        Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
+        probe = saving.partial_file(saving.destination(path))
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {path}: cannot write to {path.parent} ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ValueError(f"--out {error}") from error
+
+
+def check_device(device):
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU on this machine; use --device cpu")
 
 
 def ignore(*_):

@@ -29,18 +29,21 @@ class Plan:
     seed: int = 0
 
 
-def prune(model, dataset, fabric, plan, budget, say=print, quiet=False):
+def prune(model, dataset, fabric, plan, budget, say=print, quiet=False, pinned=()):
     """Train `model` (if plan.epochs > 0), prune it to `budget` by activation attention, fine-tune what is left.
 
-    `budget` is what `select` takes, such as {"params": 0.5}. Decisions see the training split only: the test split is
-    for `report`. Everything that can be refused is refused before the training starts.
+    `budget` is what `select` takes, such as {"params": 0.5}, `pinned` what `trace` takes. Decisions see the training
+    split only: the test split is for `report`. Everything that can be refused is refused before the training starts.
 
     Returns (packed model, Selection); `model` is trained in place, on the device of `fabric`.
     """
     model, dataset = model.to(fabric.device), dataset.to(fabric.device)
-    channels = trace(model, dataset.normalise(dataset.train.images[:1]))
+    channels = trace(model, dataset.normalise(dataset.train.images[:1]), pinned)
     check_output(model, dataset)
-    select(channels, torch.ones(len(channels.filters)), **budget)  # a budget that no network meets
+    # A budget that no network meets, or a forward pass with sizes written into it. Any scores that spread over all
+    # layers show it.
+    trial = torch.rand(len(channels.filters), generator=torch.Generator().manual_seed(plan.seed))
+    pack(model, channels, select(channels, trial, **budget))
     settings = {"batch_size": plan.batch_size, "seed": plan.seed, "quiet": quiet}
     if plan.epochs:
         start = time.perf_counter()

@@ -29,13 +29,21 @@ SIZES = (
     "embedding_dim",
 )
 
+# What the header holds besides its version, and the type of each value.
+HEADER = {"class": str, "recipe": dict | None, "training": bool, "frozen": list, "ties": dict, "sizes": dict}
+
+
+class UnknownNetworkError(ValueError):
+    """The file holds a network that `paamops.models` does not build, and no function that builds it was given."""
+
 
 def save(model, path):
-    """Write `model`, packed or not, to the file `path`, whole or not at all.
+    """Write `model`, packed or not, to the file `path`, whole or not at all. A symbolic link is followed.
 
     Stored are all parameters and buffers (dtype and ties included), which parameters are trained, train or eval mode,
     the modules' sizes, and the recipe of a network that `paamops.models` built. Not stored: hooks, optimizers, code.
-    ValueError: the model keeps extra state, which only pickle could store.
+    TypeError: `model` is not a module. ValueError: the model keeps extra state, which only pickle could store; `path`
+    is a folder, a device or anything else but a regular file. FileNotFoundError: the folder of `path` is not there.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
@@ -60,15 +68,30 @@ def save(model, path):
         "ties": ties,
         "sizes": {name: sizes for name, module in model.named_modules() if (sizes := module_sizes(module))},
     }
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path}: its folder does not exist")
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")  # the same folder, so that the renaming is atomic
+    path = destination(path)
+    partial = partial_file(path)
     try:
         partial.write_bytes(safetensors.torch.save(tensors, metadata={"paamops": json.dumps(header)}))
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def destination(path):
+    """The regular file, there or not yet, that `path` leads to behind its symbolic links."""
+    real = Path(os.path.realpath(path))
+    if os.path.isdir(real):
+        raise ValueError(f"{path}: is a folder; it must be a file")
+    if os.path.lexists(real) and not os.path.isfile(real):
+        raise ValueError(f"{path}: is not a regular file; writing would destroy it")
+    if not os.path.isdir(real.parent):
+        raise FileNotFoundError(f"{path}: its folder does not exist")
+    return real
+
+
+def partial_file(path):
+    """What is written first and then renamed to `path`: in the same folder, so that the renaming is atomic."""
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 def load(path, model=None):
@@ -77,12 +100,12 @@ def load(path, model=None):
     A network of `paamops.models` is built again from its recipe. For a network of your own pass `model`, the function
     that builds it in full size without arguments; the stored, perhaps pruned, tensors and sizes then replace its own.
     ValueError: not such a file, truncated, or not this network's; it says which tensor is missing, unexpected or of the
-    wrong shape. FileNotFoundError: no such file.
+    wrong shape. TypeError: `model` is no function, or builds no module. FileNotFoundError: no such file.
     """
     tensors, header = read(path)
     if model is None:
         if not header["recipe"]:
-            raise ValueError(f"{path}: holds a {header['class']}; pass model=, the function that builds it")
+            raise UnknownNetworkError(f"{path}: holds a {header['class']}; pass model=, the function that builds it")
         model = build_from_recipe(path, header["recipe"])
     elif isinstance(model, nn.Module) or not callable(model):
         raise TypeError(f"model is a {type(model).__name__}; it must be a function that builds the network")
@@ -127,23 +150,45 @@ def read(path):
     try:
         header = json.loads(metadata["paamops"])
         version = header["version"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: a safetensors file, but not one that paamops.save wrote") from error
     if version != VERSION:
         raise ValueError(f"{path}: written in format {version}; this version of paamops reads format {VERSION}")
-    missing = {"class", "recipe", "training", "frozen", "ties", "sizes"} - set(header)
-    if missing:
-        raise ValueError(f"{path}: its header lacks {', '.join(sorted(missing))}")
-    dangling = {*header["ties"].values(), *header["frozen"]} - set(tensors)
-    if dangling:
-        raise ValueError(f"{path}: its header names {', '.join(sorted(dangling))}, which it does not hold")
+    check_header(path, header, set(tensors))
     return tensors, header
 
 
+def check_header(path, header, stored):
+    """The header must have the form that `save` gives it, and speak of the tensors `stored`."""
+    missing = set(HEADER) - set(header)
+    if missing:
+        raise ValueError(f"{path}: its header lacks {', '.join(sorted(missing))}")
+    for key, kind in HEADER.items():
+        if not isinstance(header[key], kind):
+            raise ValueError(f"{path}: its header's {key} is {header[key]!r}, which paamops.save never writes")
+    ties = header["ties"]
+    for name in (*header["frozen"], *ties.values()):
+        if name.__class__ is not str or name not in stored:
+            raise ValueError(f"{path}: its header names {name}, which it does not hold")
+    for name in ties:
+        if name in stored:
+            raise ValueError(f"{path}: {name} is both stored and tied to {ties[name]}")
+    for name, sizes in header["sizes"].items():
+        if not isinstance(sizes, dict) or not all(is_size(value) for value in sizes.values()):
+            raise ValueError(f"{path}: its header's sizes of {name} are {sizes!r}; sizes are whole numbers")
+
+
+def is_size(value):
+    """Whether `value`, from JSON, can be a module's size: an int, or a list of ints."""
+    return all(type(size) is int and size >= 0 for size in (value if isinstance(value, list) else [value]))
+
+
 def build_from_recipe(path, recipe):
+    """The network of a recipe without memory for its tensors: the stored ones come in their place."""
     try:
-        return models.build(**recipe)
-    except (TypeError, ValueError) as error:
+        with torch.device("meta"):
+            return models.build(**recipe)
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: its recipe {recipe} is not one of paamops.models ({error})") from error
 
 
@@ -162,18 +207,28 @@ def install_sizes(path, model, sizes):
         if name not in modules or set(stored) != set(module_sizes(modules[name])):
             raise ValueError(f"{path}: has sizes of {name or 'the network'} that the network does not have")
         for attribute, value in stored.items():
-            setattr(modules[name], attribute, tuple(value) if isinstance(value, list) else value)
+            value, own = tuple(value) if isinstance(value, list) else value, getattr(modules[name], attribute)
+            # No 0 in place of 1: shapes are found by dividing by groups.
+            if isinstance(value, tuple) != isinstance(own, tuple) or (value == 0 and own != 0):
+                raise ValueError(f"{path}: {attribute} of {name or 'the network'} is {value}, in place of {own}")
+            setattr(modules[name], attribute, value)
 
 
 def install_tensors(path, model, tensors, header):
     """Put the stored tensors in the place of the network's own, tied ones as one."""
     own = named_tensors(model)
-    for name, tensor in tensors.items():
-        check_shape(path, name, tuple(tensor.shape), tuple(own[name].shape), model)
+    for name, tensor in sorted(own.items()):
+        source = header["ties"].get(name, name)
+        check_shape(path, name, tuple(tensors[source].shape), tuple(tensor.shape), model)
+        if isinstance(tensor, nn.Parameter) != isinstance(own[source], nn.Parameter):
+            raise ValueError(f"{path}: {name} is tied to {source}; one is a parameter, the other a buffer")
     placed = {}
     for name, tensor in tensors.items():
         if isinstance(own[name], nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=name not in header["frozen"])
+            trained = name not in header["frozen"]
+            if trained and not (tensor.is_floating_point() or tensor.is_complex()):
+                raise ValueError(f"{path}: {name} is {tensor.dtype}, which cannot be trained")
+            tensor = nn.Parameter(tensor, requires_grad=trained)
         placed[name] = tensor
     for name in own:
         module, _, leaf = name.rpartition(".")

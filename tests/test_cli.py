@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+import paamops
 from paamops import cli, data, pruning, saving, training
 
 pytest.importorskip("lightning_fabric")
@@ -92,21 +93,37 @@ def test_a_network_of_your_own(capsys, tmp_path):
         "def nothing():\n"
         "    return nn.Sequential(nn.Flatten(), nn.Linear(1024, 10))\n"
         "number = 3\n"
+        "def broken():\n"
+        "    return {}['layers']\n"
+        "def listed():\n"
+        "    return [nn.Linear(32, 10)]\n"
     )
-    own = ["--epochs", "1", "--finetune-epochs", "0", "--device", "cpu", "--out", "small"]
+    (tmp_path / "mistyped.py").write_text("def build(:\n")
+    (tmp_path / "leaving.py").write_text("raise SystemExit(3)\n")
+    own = ["--epochs", "1", "--finetune-epochs", "0", "--device", "cpu"]
+    saved = "runs/mynet-build-digits.safetensors"
     try:
         assert cli.main(["prune", "--model", "mynet:build", *own]) == 0
+        assert (tmp_path / saved).is_file()
         assert columns(capsys.readouterr().out, "parameters")[0] == 8 * 26 + 3930
         for name, message in (
             ("mynet:wrong", "output for 2 images is|output is"),
             ("mynet:nothing", "every channel set is pinned"),
             ("mynet:number", "mynet has no function 'number'"),
-            ("nonet:build", "cannot import 'nonet'"),
+            ("mynet:broken", r"--model mynet:broken: broken\(\) raised KeyError: 'layers'"),
+            ("mynet:listed", r"--model mynet:listed: listed\(\) returned a list; it must be a torch.nn.Module"),
+            ("nonet:build", "--model nonet:build: cannot import 'nonet'"),
+            ("mistyped:build", r"--model mistyped:build: cannot import 'mistyped' \(SyntaxError: .*line 1"),
+            ("leaving:build", "--model leaving:build: cannot import 'leaving'"),
         ):
             assert cli.main(["prune", "--model", name, *own]) == 1
             error = capsys.readouterr().err
             assert re.search(message, error), error
             assert error.count("\n") == 1
+        assert cli.main(["prune", "--weights", saved, *own]) == 1
+        message = "holds a torch.nn.modules.container.Sequential; say which function builds it: --model package.module"
+        assert message in capsys.readouterr().err
+        assert cli.main(["prune", "--weights", saved, "--model", "mynet:build", *own, "--epochs", "0"]) == 0
     finally:
         sys.modules.pop("mynet", None)
 
@@ -115,17 +132,24 @@ def test_a_network_of_your_own(capsys, tmp_path):
     ("arguments", "message"),
     [
         (["prune", "--params", "1"], "params is 1, but no network meets it"),
-        (["prune", "--model", "resnet18"], "'resnet18'; it must be one of lenet5"),
+        (["prune", "--device", "cuda"], "--device cuda: PyTorch finds no GPU"),
+        (["prune", "--pinned", "nowhere"], "pinned names 'nowhere'"),
+        (["explain", "--pinned", "nowhere"], "pinned names 'nowhere'"),
         (["prune", "--data", "mnist", "--data-root", "nowhere"], "nowhere/MNIST/raw/train-images-idx3-ubyte: no such"),
         (["prune", "--weights", "nowhere"], "nowhere: no such file"),
         (["prune", "--out", "."], "--out .: is a folder"),
         (["prune", "--out", "file/inside"], "cannot write to file"),
+        (["prune", "--out", "/dev/null"], "--out /dev/null: is not a regular file"),
+        (["prune", "--out", "link"], "--out link: is not a regular file"),
+        (["prune", "--out", "/proc/x"], "--out /proc/x: cannot write to /proc"),
         (["explain", "--data", "folder", "--data-root", "nowhere"], "nowhere: no such folder"),
     ],
 )
 def test_an_error_is_one_line(capsys, tmp_path, monkeypatch, arguments, message):
     monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained before it refused"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "file").write_text("in the way")
+    (tmp_path / "link").symlink_to("/dev/null")
     assert cli.main(arguments) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith("paamops: ")
@@ -137,23 +161,35 @@ def test_an_error_is_one_line(capsys, tmp_path, monkeypatch, arguments, message)
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        [],
-        ["unprune"],
-        ["prune", "--params", "0.5", "--flops", "0.5"],
-        ["prune", "--params", "half"],
-        ["prune", "--params", "1.5"],
-        ["prune", "--epochs", "-1"],
-        ["prune", "--batch-size", "0"],
-        ["prune", "--data", "imagenet"],
+        ([], "required: command"),
+        (["unprune"], "invalid choice: 'unprune'"),
+        (["prune", "--params", "0.5", "--flops", "0.5"], "not allowed with argument --params"),
+        (["prune", "--params", "half"], "--params: 'half' is neither a fraction"),
+        (["prune", "--params", "1.5"], "--params: '1.5' is neither a fraction"),
+        (["prune", "--flops", "0"], "--flops: '0' is neither a fraction"),
+        (["prune", "--filters", "-3"], "--filters: '-3' is neither a fraction"),
+        (["prune", "--filters", "nan"], "--filters: 'nan' is neither a fraction"),
+        (["prune", "--epochs", "-1"], "--epochs: '-1' must be at least 0"),
+        (["prune", "--epochs", "many"], "--epochs: 'many' is not a whole number"),
+        (["prune", "--batch-size", "0"], "--batch-size: '0' must be at least 1"),
+        (["prune", "--seed", "4294967296"], "--seed: '4294967296' must be 0 to 4294967295"),
+        (["prune", "--data", "imagenet"], "--data: invalid choice: 'imagenet'"),
+        (["prune", "--model", "resnet18"], "--model: 'resnet18'; it must be one of lenet5"),
+        (["explain", "--model", ":f"], "--model: ':f'; it must be one of lenet5"),
+        (["explain", "--model", "mynet:"], "--model: 'mynet:'; it must be one of lenet5"),
     ],
 )
-def test_usage_errors(capsys, arguments):
+def test_usage_errors(capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2
-    assert "usage: python -m paamops" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("paamops: ")
+    assert message in error
+    assert "; see python -m paamops" in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["explain", "--help"], ["info", "--help"]])
@@ -164,6 +200,81 @@ def test_help(capsys, arguments):
     assert "usage: python -m paamops" in capsys.readouterr().out
 
 
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"paamops {paamops.__version__}\n"
+
+
+def test_one_error_line_whatever_the_processes(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main(["explain", "--data", "folder", "--data-root", "nowhere"]) == 1
+    assert capsys.readouterr().err == ""
+
+
+VIEW = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 5, stride=4)
+        self.linear = nn.Linear(8 * 49, 10)
+
+    def forward(self, x):
+        x = self.conv(x).relu()
+        return self.linear(x.view(FIRST, LAST))
+"""
+
+
+@pytest.fixture
+def coloured(monkeypatch):
+    """The digits in three channels, as photos have them."""
+    grey = data.load("digits")
+    three = {
+        name: data.Split(getattr(grey, name).images.repeat(1, 3, 1, 1), getattr(grey, name).labels)
+        for name in ("train", "validation", "test")
+    }
+    three |= {name: getattr(grey, name).repeat(3) for name in ("mean", "std")}
+    monkeypatch.setattr(data, "load", lambda *_: data.Dataset(**{**vars(grey), **three}))
+
+
+def test_a_network_that_calls_view(tmp_path, coloured):
+    (tmp_path / "viewing.py").write_text(VIEW.replace("FIRST", "x.size(0)").replace("LAST", "-1"))
+    own = ["prune", "--model", "viewing:Net", "--epochs", "1", "--finetune-epochs", "1", "--device", "cpu"]
+    try:
+        assert cli.main([*own, "--debug"]) == 0
+    finally:
+        sys.modules.pop("viewing", None)
+
+
+def test_written_sizes_are_refused_before_training(capsys, tmp_path, monkeypatch, coloured):
+    (tmp_path / "rigid.py").write_text(VIEW.replace("FIRST", "-1").replace("LAST", "392"))
+    monkeypatch.setattr(training, "train", lambda *_, **__: pytest.fail("trained before it refused"))
+    try:
+        assert cli.main(["prune", "--model", "rigid:Net", "--device", "cpu"]) == 1
+        assert "pin" in capsys.readouterr().err
+        assert cli.main(["prune", "--model", "rigid:Net", "--device", "cpu", "--pinned", "conv"]) == 1
+        assert "every channel set is pinned" in capsys.readouterr().err
+    finally:
+        sys.modules.pop("rigid", None)
+
+
+def test_saved_before_it_is_measured(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no time")
+
+    monkeypatch.setattr(pruning, "report", fail)
+    assert cli.main([*TINY, "--epochs", "0", "--finetune-epochs", "0"]) == 1
+    saving.load(tmp_path / "runs" / "lenet5-digits.safetensors")
+
+
+def test_explain_says_what_is_pinned(capsys):
+    assert cli.main(["explain", "--model", "lenet5", "--pinned", "conv1", "--pinned", "conv2"]) == 0
+    assert capsys.readouterr().out.count("named in `pinned`") == 2
+
+
 def test_explain(capsys):
     assert cli.main(["explain", "--model", "vgg16", "--data", "cifar10"]) == 0  # without its files
     out = capsys.readouterr().out
@@ -172,7 +283,7 @@ def test_explain(capsys):
 
 
 def test_info(capsys):
-    assert cli.main(["info"]) == 0
+    assert cli.main(["info", "--debug"]) == 0
     out = capsys.readouterr().out
     assert f"torch: {torch.__version__}" in out
     assert "activation_attention: cpu " in out
@@ -186,6 +297,15 @@ def test_ctrl_c(capsys, tmp_path, monkeypatch):
     assert cli.main(TINY) == 130
     assert capsys.readouterr().err == "paamops: interrupted\n"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_ctrl_c_while_the_arguments_are_read(capsys, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parser", interrupt)
+    assert cli.main(TINY) == 130
+    assert capsys.readouterr().err == "paamops: interrupted\n"
 
 
 def command(*arguments):

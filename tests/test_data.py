@@ -101,8 +101,10 @@ def test_fashion_mnist_has_its_own_folder(mnist):
     ("file", "change", "message"),
     [
         ("train-images-idx3-ubyte", lambda b: b[:-1], r"47039 bytes of data; its header \(60, 28, 28\) asks for 47040"),
-        ("train-images-idx3-ubyte", lambda b: b[:7], "starts with 00000803"),
-        ("train-images-idx3-ubyte", lambda b: b"", "starts with ; an IDX file"),
+        ("train-images-idx3-ubyte", lambda b: b[:7], "7 bytes, cut inside its header, which has 16 bytes"),
+        ("train-images-idx3-ubyte", lambda b: b[:3], "3 bytes, cut inside its header"),
+        ("train-images-idx3-ubyte", lambda b: b"", "0 bytes, cut inside its header"),
+        ("train-images-idx3-ubyte", lambda b: b"PK" + b[2:9], "starts with 504b0803; an IDX file of 3-d bytes"),
         ("t10k-labels-idx1-ubyte", lambda b: b"PK" + b[2:], "starts with 504b0801"),
         ("t10k-labels-idx1-ubyte", lambda b: b + b"\0", "31 bytes of data"),
         ("t10k-labels-idx1-ubyte", lambda b: b[:-1] + b"\x0a", "label 10; labels must be 0 to 9"),
@@ -234,3 +236,11 @@ def test_crop_and_flip_against_loops():
     kept = [torch.equal(a, b) for a, b in zip(images, flipped, strict=True)]
     assert all(a != b for a, b in zip(mirrored, kept, strict=True))
     assert 5 < sum(mirrored) < 35
+
+
+def test_crop_and_flip_keep_images_contiguous():
+    """A model that calls view meets the same layout in training as in evaluation."""
+    images, generator = torch.zeros(4, 3, 6, 5), torch.Generator().manual_seed(1)
+    assert data.crop(images, 2, generator).is_contiguous()
+    assert data.flip(images, generator).is_contiguous()
+    assert data.flip(data.crop(images, 2, generator), generator).is_contiguous()

@@ -1,6 +1,7 @@
 """What is saved comes back exactly, or not at all."""
 
 import json
+import os
 import pickle
 
 import pytest
@@ -119,6 +120,16 @@ def rewrite(path, change):
     path.write_bytes(safetensors.torch.save(tensors, {"paamops": json.dumps(header)}))
 
 
+def tie_biases(tensors, header):
+    del tensors["conv1.bias"]
+    header["ties"]["conv1.bias"] = "conv2.bias"
+
+
+def enlarge(tensors, header):
+    """What no memory holds: the shapes must be compared before any is asked for."""
+    header["recipe"]["num_classes"] = header["sizes"]["linear2"]["out_features"] = 10**12
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -133,6 +144,24 @@ def rewrite(path, change):
         (lambda t, h: h["recipe"].update(name="lenet6"), r"its recipe .*lenet6.* is not one of paamops.models"),
         (lambda t, h: h.update(version=2), "written in format 2; this version of paamops reads format 1"),
         (lambda t, h: h.pop("ties"), "its header lacks ties"),
+        (lambda t, h: h.update(ties=[]), r"its header's ties is \[\], which"),
+        (lambda t, h: h.update(ties={"more": []}), r"names \[\], which it does not hold"),
+        (lambda t, h: h.update(ties={"conv1.bias": "conv2.bias"}), "conv1.bias is both stored and tied to conv2.bias"),
+        (tie_biases, r"conv1.bias is \(50,\); its module's sizes ask for \(20,\)"),
+        (lambda t, h: h.update(frozen="conv1.bias"), "its header's frozen is 'conv1.bias', which"),
+        (lambda t, h: h.update(frozen=[["conv1.bias"]]), r"names \['conv1.bias'\], which it does not hold"),
+        (lambda t, h: h.update(training="yes"), "its header's training is 'yes', which"),
+        (lambda t, h: h.update(recipe="lenet5"), "its header's recipe is 'lenet5', which"),
+        (lambda t, h: h["recipe"].update(name=["lenet5"]), "its recipe .* is not one of"),
+        (lambda t, h: h["recipe"].update(in_channels=10**30), "its recipe .* is not one of"),
+        (enlarge, r"linear2.bias is \(10,\); its module's sizes ask for \(1000000000000,\)"),
+        (lambda t, h: h.update(sizes=[]), r"its header's sizes is \[\], which"),
+        (lambda t, h: h["sizes"].update(conv1=3), "sizes of conv1 are 3; sizes are whole numbers"),
+        (lambda t, h: h["sizes"]["conv1"].update(groups="1"), "sizes of conv1 are .*; sizes are whole numbers"),
+        (lambda t, h: h["sizes"]["conv1"].update(groups=-1), "sizes of conv1 are .*; sizes are whole numbers"),
+        (lambda t, h: h["sizes"]["conv1"].update(groups=0), "groups of conv1 is 0, in place of 1"),
+        (lambda t, h: h["sizes"]["conv1"].update(groups=[1]), r"groups of conv1 is \(1,\), in place of 1"),
+        (lambda t, h: t.update({"conv1.bias": torch.arange(20)}), "conv1.bias is torch.int64, which cannot be trained"),
     ],
 )
 def test_inconsistent_file(tmp_path, change, message):
@@ -157,6 +186,49 @@ def test_truncated_or_another_kind_of_file(tmp_path):
         load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="its folder does not exist"):
         save(models.build("lenet5"), tmp_path / "nowhere" / "m")
+
+
+@pytest.mark.parametrize("header", ["3", "[1]", "null", '"version"', "[" * 100_000])
+def test_a_header_of_another_form(tmp_path, header):
+    (tmp_path / "m").write_bytes(safetensors.torch.save({"x": torch.zeros(1)}, {"paamops": header}))
+    with pytest.raises(ValueError, match=r"m: .*not one that paamops.save wrote"):
+        load(tmp_path / "m")
+
+
+def test_a_tie_between_a_parameter_and_a_buffer(tmp_path):
+    save(nn.BatchNorm1d(3), tmp_path / "m")
+
+    def change(tensors, header):
+        del tensors["running_mean"]
+        header["ties"]["running_mean"] = "bias"
+
+    rewrite(tmp_path / "m", change)
+    with pytest.raises(ValueError, match="m: running_mean is tied to bias; one is a parameter, the other a buffer"):
+        load(tmp_path / "m", lambda: nn.BatchNorm1d(3))
+
+
+def test_a_symbolic_link_is_followed(tmp_path):
+    (tmp_path / "real").write_bytes(b"old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    save(models.build("lenet5"), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    load(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "later")
+    save(models.build("lenet5"), tmp_path / "dangling")
+    load(tmp_path / "later")
+
+
+def test_what_is_no_file_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    for name in ("pipe", "link", "loop"):
+        with pytest.raises(ValueError, match=f"{name}: is not a regular file"):
+            save(models.build("lenet5"), tmp_path / name)
+    with pytest.raises(ValueError, match="is a folder; it must be a file"):
+        save(models.build("lenet5"), tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "loop", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()
 
 
 class Bomb:

@@ -25,7 +25,8 @@ def crop(images, padding, generator):
     rows = draw[0, :, None] + torch.arange(h, device=images.device)  # (n, h)
     columns = draw[1, :, None] + torch.arange(w, device=images.device)  # (n, w)
     image = torch.arange(n, device=images.device)[:, None, None]
-    return padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    cropped = padded.permute(0, 2, 3, 1)[image, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+    return cropped.contiguous()  # training sees the same layout as evaluation: a model may call view
 
 
 def flip(images, generator):

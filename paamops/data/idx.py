@@ -53,7 +53,9 @@ def parse(path, dims):
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path}: truncated or not a gzip file ({error})") from error
     magic, header = bytes([0, 0, 8, dims]), 4 + 4 * dims
-    if data[:4] != magic or len(data) < header:
+    if len(data) < header and magic.startswith(data[:4]):
+        raise ValueError(f"{path}: {len(data)} bytes, cut inside its header, which has {header} bytes")
+    if data[:4] != magic:
         raise ValueError(
             f"{path}: starts with {data[:4].hex()}; an IDX file of {dims}-d bytes starts with {magic.hex()}"
         )
