@@ -25,15 +25,15 @@ def pack_channels(tensors, indices):
     equal shares of the bytes, not of the tensors. Like every op it runs with the GIL released.
     """
     tensors = list(tensors)
-    pool, slots, uses = _pool(tensors, list(indices))
+    pool, slots = _pool(tensors, list(indices))
     if not tensors:
         return []
     if compiled is None or not tensors[0].is_cpu:
-        _check_indices(pool, uses)
+        _check_indices(tensors, pool, slots)
     try:
         return _op(tensors, [vector.to(tensors[0].device) for vector in pool], slots)
     except RuntimeError:  # the C++ kernel checks them itself, but knows no tensor by its place
-        _check_indices(pool, uses)
+        _check_indices(tensors, pool, slots)
         raise
 
 
@@ -166,39 +166,31 @@ def _per_tensor(flat, ranks):
 
 
 def _pool(tensors, indices):
-    """The distinct index vectors; for every tensor and dimension which of them it uses (-1: none); where each is used.
-
-    The last is a dict from (position in the pool, size of the axis) to the first tensor and dimension of that kind.
-    """
+    """The distinct index vectors, and for every tensor and dimension which of them it uses (-1: none)."""
     if len(indices) != len(tensors):
         raise ValueError(f"indices must have one entry per tensor, {len(tensors)}, got {len(indices)}")
-    pool, slot_of, slots, uses, device = [], {}, [], {}, None
+    pool, slot_of, slots = [], {None: -1}, []
     for t, (tensor, axes) in enumerate(zip(tensors, indices, strict=True)):
         if not isinstance(tensor, torch.Tensor):
             raise TypeError(f"tensors[{t}] must be a tensor, got {type(tensor).__name__}")
-        device = device or tensor.device
-        if tensor.device != device:
-            raise ValueError(
-                f"tensors[{t}] is on {tensor.device}, but all must be on the device of the first, {device}"
-            )
-        shape = tensor.shape
-        if not isinstance(axes, (tuple, list)) or len(axes) != len(shape):
+        if not isinstance(axes, (tuple, list)) or len(axes) != tensor.dim():
             found = len(axes) if isinstance(axes, (tuple, list)) else type(axes).__name__
             raise ValueError(
-                f"indices[{t}] must have one entry per dimension of tensors[{t}], {len(shape)}, got {found}"
+                f"indices[{t}] must have one entry per dimension of tensors[{t}], {tensor.dim()}, got {found}"
             )
         for dim, vector in enumerate(axes):
-            if vector is None:
-                slots.append(-1)
-                continue
-            slot = slot_of.get(id(vector))
-            if slot is None:
+            key = None if vector is None else id(vector)
+            if key not in slot_of:
                 _check_vector(vector, t, dim)
-                slot = slot_of[id(vector)] = len(pool)
+                slot_of[key] = len(pool)
                 pool.append(vector)
-            slots.append(slot)
-            uses.setdefault((slot, shape[dim]), (t, dim))
-    return pool, slots, uses
+            slots.append(slot_of[key])
+    if len({tensor.device for tensor in tensors}) > 1:
+        t = next(t for t, tensor in enumerate(tensors) if tensor.device != tensors[0].device)
+        raise ValueError(
+            f"tensors[{t}] is on {tensors[t].device}, but all must be on the device of the first, {tensors[0].device}"
+        )
+    return pool, slots
 
 
 def _check_vector(vector, t, dim):
@@ -209,8 +201,12 @@ def _check_vector(vector, t, dim):
         raise ValueError(f"indices[{t}][{dim}] must have the shape (kept,), got {tuple(vector.shape)}")
 
 
-def _check_indices(pool, uses):
+def _check_indices(tensors, pool, slots):
     """Refuse indices outside their axis or out of order: a few calls over all vectors at once, one read back."""
+    uses = {}  # (position in the pool, size of the axis) -> the first tensor and dimension of that kind
+    places = [(t, dim, size) for t, tensor in enumerate(tensors) for dim, size in enumerate(tensor.shape)]
+    for slot, (t, dim, size) in zip(slots, places, strict=True):
+        uses.setdefault((slot, size), (t, dim))
     filled = [slot for slot, vector in enumerate(pool) if len(vector)]
     if not filled:
         return
