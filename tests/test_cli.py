@@ -332,7 +332,7 @@ def test_ctrl_c_of_the_real_thing(tmp_path):
 
 @pytest.mark.slow
 def test_main_job(tmp_path):
-    """`python -m paamops prune`: half of the parameters gone, within a point of the dense network, and faster."""
+    """`python -m paamops prune`: half of the parameters gone, within a point of the dense network (times: bench/)."""
     start = time.perf_counter()
     done = subprocess.run(
         command("prune"),
@@ -349,7 +349,6 @@ def test_main_job(tmp_path):
     assert drop == pytest.approx(after - before, abs=0.011)
     assert drop >= -1
     assert columns(done.stdout, "parameters")[2] <= -50
-    assert columns(done.stdout, "latency, batch 64 ")[2] < 0
     assert (tmp_path / "runs" / "resnet20-digits.safetensors").is_file()
 
 
