@@ -89,16 +89,16 @@ class ActivationAttention:
         """Sum what all processes of a group have seen: one all-reduce. Every process then has the same scores."""
         packed = torch.cat([self.total, self.total.new_tensor([self.images])])
         torch.distributed.all_reduce(packed, group=group)
-        self.total, self.images = packed[:-1], int(packed[-1])
+        self.total, self.images = packed[:-1], packed[-1]
 
     def scores(self):
         """(F,) float32 on the device of the activations."""
         if not self.images:
             raise RuntimeError("no images were seen: run the model inside the `with` block first")
-        channels, device = self.channels, self.total.device
-        found = self.total[channels.score_source.to(device)] / self.images * channels.score_weight.to(device)
-        result = found.new_zeros(len(channels.sets)).index_add_(0, channels.score_filter.to(device), found)
-        return result.float()
+        channels, total = self.channels, self.total.cpu()  # a GPU adds in no fixed order
+        found = total[channels.score_source] / float(self.images) * channels.score_weight
+        result = found.new_zeros(len(channels.sets)).index_add_(0, channels.score_filter, found)
+        return result.float().to(self.total.device)
 
 
 class _Listener(TorchDispatchMode):
