@@ -358,3 +358,22 @@ def test_mask_zeroes_reads_alone():
     assert (twin.project.weight[:, 0] == 0).all()
     assert torch.equal(twin.stem.weight, model.stem.weight)
     assert torch.equal(twin.a.weight[:, 1:], model.a.weight[:, 1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("network", networks.NETWORKS, ids=lambda network: network.__name__)
+def test_the_verbs_on_a_gpu(network):
+    """In float64, where no tensor core rounds."""
+    model, inputs = networks.make(network)
+    model, inputs = model.double(), tuple(x.double() for x in inputs)
+    scores = paamops.score(model, paamops.trace(model, inputs), inputs)
+    model, inputs = model.cuda(), tuple(x.cuda() for x in inputs)
+    channels = paamops.trace(model, inputs)
+    on_gpu = paamops.score(model, channels, inputs)
+    torch.testing.assert_close(on_gpu.cpu(), scores, **NETWORK_TOLERANCE[torch.float32])
+    keep = random_keep(channels, 0.5)
+    small, twin = paamops.pack(model, channels, keep), paamops.mask(model, channels, keep)
+    assert {p.device.type for p in small.parameters()} == {"cuda"}
+    with torch.no_grad():
+        torch.testing.assert_close(small(*inputs), twin(*inputs), **NETWORK_TOLERANCE[torch.float64])
+    paamops.select(channels, on_gpu, params=0.9)
