@@ -8,8 +8,10 @@ BENCH_ARGS ?=            # e.g. BENCH_ARGS="activation_attention --quick"
 PAAMOPS_CPP ?= 1         # fail where the C++ kernels cannot be built; 0 leaves them out
 PYTHON := $(strip $(PYTHON))
 export PAAMOPS_CPP := $(strip $(PAAMOPS_CPP))
-export OMP_WAIT_POLICY ?= passive  # threads that wait do not spin: on a busy machine spinning stalls those that work
-export OMP_WAIT_POLICY := $(strip $(OMP_WAIT_POLICY))
+# Threads that wait spin for a moment only: on a busy machine long spinning stalls those that work, and with none of it
+# each parallel region of a small network waits for threads to wake up.
+GOMP_SPINCOUNT ?= 1000
+export GOMP_SPINCOUNT
 
 BIN := .venv/bin
 BUILD_INPUTS := $(wildcard csrc/*) setup.py pyproject.toml
