@@ -198,10 +198,8 @@ def _advice(layers):
 def _meta_run(model, channels, indices):
     tensors = tracing.named_tensors(model)
     meta = {
-        name: torch.empty_like(tensor, device="meta").requires_grad_(isinstance(tensor, nn.Parameter))
-        if tensor.is_floating_point()
-        else torch.empty_like(tensor, device="meta")
-        for name, tensor in tensors.items()
+        name: torch.empty_like(t, device="meta").requires_grad_(isinstance(t, nn.Parameter) and t.is_floating_point())
+        for name, t in tensors.items()
     }
     inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, channels.example_inputs)
     return _run(lambda *a, **k: torch.func.functional_call(model, meta, a, k), model, meta, channels, indices, inputs)

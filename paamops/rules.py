@@ -365,7 +365,7 @@ def written_sizes(tracer, op, args, kwargs, out):
     x, name = args[0], op._schema.name.removeprefix("aten::")
     fields = []
     for field in tracer.labels_of(x).fields:
-        if name in ("slice", "narrow", "roll") and out.shape == x.shape and (name != "roll"):
+        if name in ("slice", "narrow") and out.shape == x.shape:
             fields.append(field)
             continue
         dims = moved_dimensions(name, args, x)

@@ -168,6 +168,27 @@ def test_side_branches_are_not_the_activation():
     torch.testing.assert_close(scores[:8].double(), expected, **CLOSE)
 
 
+class ReadTwice(torch.nn.Module):
+    """A layer whose output is read as it is, and only then behind an activation that was computed before."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (torch.nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8))
+
+    def forward(self, x):
+        h = self.a(x)
+        q = F.relu(h)
+        return self.b(h) + self.c(q)
+
+
+def test_the_first_read_decides():
+    model, x = ReadTwice().eval(), torch.randn(2, 3, 6, 6)
+    scores = paamops.score(model, paamops.trace(model, x), x)
+    with torch.no_grad():
+        expected = attention(model.a(x), 1, "mean")
+    torch.testing.assert_close(scores[:8].double(), expected, **CLOSE)
+
+
 def test_another_path_is_refused_not_scored():
     model, x = Branching().eval(), torch.randn(2, 3, 6, 6)
     channels = paamops.trace(model, x)

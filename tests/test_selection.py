@@ -79,6 +79,22 @@ def test_round_to_keeps_multiples_within_the_budget(network, name):
     assert paamops.select(channels, scores, **{name: 1.0}, round_to=4).keep.all()
 
 
+@pytest.mark.parametrize("_", range(5))
+def test_rounding_up_takes_the_best_of_what_was_removed(_):
+    model, inputs = networks.make(networks.Residual)
+    channels = paamops.trace(model, inputs)
+    scores = torch.randn(len(channels.sets))
+    means = channels.set_scores(scores)
+    exact = paamops.select(channels, scores, threshold=0.3).keep
+    keep = paamops.select(channels, scores, threshold=0.3, round_to=4).keep
+    assert (keep | ~exact).all()
+    for block in channels.blocks.unique():
+        removed = (channels.blocks == block) & ~exact
+        added, left = means[removed & keep], means[removed & ~keep]
+        if len(added) and len(left):
+            assert added.min() > left.max()
+
+
 def test_thresholds():
     model, inputs = networks.make(networks.Plain)
     channels = paamops.trace(model, inputs)
