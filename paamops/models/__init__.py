@@ -2,18 +2,27 @@
 
 from functools import partial
 
-from paamops.models.lenet import LeNet5
+from paamops.models.bottleneck import BottleneckResNet
+from paamops.models.lenet import LeNet5, LeNet300
+from paamops.models.mobilenet import MobileNetV2
 from paamops.models.resnet import ResNet
-from paamops.models.vgg import VGG16
+from paamops.models.shufflenet import ShuffleNetV2
+from paamops.models.vgg import VGG
 
 NETWORKS = {
     "lenet5": LeNet5,
+    "lenet300-100": LeNet300,
     "resnet20": partial(ResNet, 20),
     "resnet32": partial(ResNet, 32),
     "resnet44": partial(ResNet, 44),
     "resnet56": partial(ResNet, 56),
     "resnet110": partial(ResNet, 110),
-    "vgg16": VGG16,
+    "resnet50": partial(BottleneckResNet, 50),
+    "resnet101": partial(BottleneckResNet, 101),
+    "vgg16": partial(VGG, 16),
+    "vgg19": partial(VGG, 19),
+    "mobilenetv2": MobileNetV2,
+    "shufflenet": ShuffleNetV2,
 }
 
 
