@@ -8,9 +8,12 @@ import textwrap
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from paamops import data, measuring, saving, training
+import paamops
+from paamops import data, measuring, models, saving, training
 from paamops.data.sets import assemble
+from tests.tolerances import NETWORK_TOLERANCE
 
 pytest.importorskip("lightning_fabric")
 
@@ -52,14 +55,39 @@ def test_learning_rates_of_the_papers():
     assert rates == pytest.approx([0.05] * 150 + [0.005] * 30 + [0.0005] * 30 + [0.00005] * 30)
     assert training.learning_rates(training.SCHEDULES["lenet"], 3) == [0.02] * 3
     assert training.learning_rates(training.SCHEDULES["resnet"], 4) == pytest.approx([0.1, 0.1, 0.01, 0.001])
-    assert training.learning_rates(training.SCHEDULES["resnet"], 2, rewind=0.5) == pytest.approx([0.01, 0.001])
+    assert training.learning_rates(training.SCHEDULES["resnet"], 2, start_epoch=2) == pytest.approx([0.01, 0.001])
+    rates = training.learning_rates(training.SCHEDULES["resnet"], 182)
+    assert training.learning_rates(training.SCHEDULES["resnet"], 46, start_epoch=136) == rates[136:]
+    assert training.learning_rates(training.SCHEDULES["resnet"], 136, total_epochs=182) == rates[:136]
+    rates = training.learning_rates(training.SCHEDULES["mobilenetv2"], 300)
+    assert rates == pytest.approx([0.1] * 150 + [0.01] * 75 + [0.001] * 75)
+    rates = training.learning_rates(training.SCHEDULES["shufflenet"], 200)
+    assert rates == pytest.approx([0.1] * 60 + [0.01] * 60 + [0.001] * 40 + [0.0001] * 40)
 
 
 @pytest.mark.parametrize(
-    ("name", "schedule"), [("resnet110", "resnet"), ("vgg16", "vgg"), ("lenet5", "lenet"), ("mine", "resnet")]
+    ("name", "schedule"),
+    [
+        ("resnet110", "resnet"),
+        ("resnet50", "resnet"),
+        ("resnet101", "resnet101"),
+        ("vgg16", "vgg"),
+        ("vgg19", "vgg"),
+        ("lenet5", "lenet"),
+        ("lenet300-100", "lenet300-100"),
+        ("mobilenetv2", "mobilenetv2"),
+        ("shufflenet", "shufflenet"),
+        ("mine", "resnet"),
+    ],
 )
 def test_schedule_of_a_network(name, schedule):
     assert training.schedule_for(name) is training.SCHEDULES[schedule]
+
+
+def test_every_built_in_network_has_its_own_schedule():
+    for name in models.NETWORKS:
+        found = training.schedule_for(name)
+        assert name.startswith("resnet") or found is not training.SCHEDULES["resnet"], name
 
 
 def test_learns_in_place(stripes, fabric):
@@ -98,10 +126,142 @@ def test_refuses_what_it_cannot_use(stripes, fabric):
         fit(network(outputs=3), stripes, fabric)
     with pytest.raises(ValueError, match="batch_size is 0"):
         fit(network(), stripes, fabric, batch_size=0)
+    with pytest.raises(ValueError, match="start_epoch are 6 and -1; they must be at least 0"):
+        fit(network(), stripes, fabric, start_epoch=-1)
+    with pytest.raises(ValueError, match="total_epochs is 7; it must be at least 8"):
+        fit(network(), stripes, fabric, start_epoch=2, total_epochs=7)
     model = network()
     model[0].weight.data.fill_(float("nan"))
     with pytest.raises(ValueError, match=r"loss is nan after epoch 1: training diverged"):
         fit(model, stripes, fabric)
+
+
+def test_nothing_waits_for_the_device_within_an_epoch(stripes, fabric):
+    """No step reads a value or asks how many there are: on a GPU each such op would wait for all work before it."""
+    model = network()
+    optimizer = training.make_optimizer(model, training.SCHEDULES["resnet"], fabric.device)
+    wrapped, optimizer = fabric.setup(model, optimizer)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            waiting.extend([op] if op in WAITING or boolean_index(op, args) else [])
+            return op(*args, **(kwargs or {}))
+
+    waiting = []
+    with Watch():
+        training.train_epoch(wrapped, optimizer, stripes, fabric, 32, seed=0)
+    assert not waiting
+    with Watch():  # the watch sees them
+        stripes.train.labels[stripes.train.labels == 0].sum().item()
+    assert len(waiting) == 2
+
+
+WAITING = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten._unique2.default,
+}
+
+
+def boolean_index(op, args):
+    if op not in (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default):
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gpu_training(stripes, compiled, monkeypatch):
+    """Nothing waits within an epoch, the strides come back, twice the same weights, and it learns."""
+    epoch = training.train_epoch
+
+    def strict(*args):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return epoch(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    if not compiled:  # compilation itself may wait
+        monkeypatch.setattr(training, "train_epoch", strict)
+    fabric, models = training.make_fabric("cuda", "bf16-mixed"), []
+    for _ in range(2):
+        models.append(fit(network(), stripes, fabric, compiled=compiled))
+        assert [t.stride() for t in models[-1].parameters()] == [t.stride() for t in network().parameters()]
+    for name, tensor in models[0].state_dict().items():
+        assert torch.equal(tensor, models[1].state_dict()[name])
+    assert training.accuracy(models[0], stripes.to(fabric.device), stripes.test) > 0.9
+
+
+def test_channels_last_where_the_network_runs_in_it():
+    """Into the layout and back, to the very strides, the 1x1 convolution's too; a `view` over channels refuses it."""
+
+    class Viewing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.point = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1)
+
+        def forward(self, x):
+            assert not self.training
+            return self.point(self.conv(x)).view(len(x), -1)
+
+    images = torch.randn(2, 3, 8, 8)
+    for model, runs in ((Viewing(), False), (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 5, 1)), True)):
+        state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        tensors = list(model.parameters())
+        before = [(tensor, tensor.stride()) for tensor in tensors]
+        assert training.runs_in(torch.channels_last, model, images) is runs
+        assert tensors[0].is_contiguous(memory_format=torch.channels_last)
+        assert tensors[2].stride() == (4, 1, 4, 4)
+        training.put_back(before)
+        assert [tensor.stride() for tensor in tensors] == [strides for _, strides in before]
+        assert all(a is b for a, b in zip(tensors, model.parameters(), strict=True))
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+        assert model.training
+
+
+def test_channels_last_trains_the_same(stripes, fabric):
+    """The layout that a GPU trains in, on a CPU: the same up to rounding."""
+    models = [network(), network()]
+    for model, layout in zip(models, (None, torch.channels_last), strict=True):
+        optimizer = training.make_optimizer(model, training.SCHEDULES["resnet"], fabric.device)
+        wrapped, optimizer = fabric.setup(model.to(memory_format=layout or torch.contiguous_format), optimizer)
+        training.train_epoch(wrapped, optimizer, stripes, fabric, 32, 0, layout)
+    for name, tensor in models[0].state_dict().items():
+        tolerance = NETWORK_TOLERANCE[torch.float32]
+        torch.testing.assert_close(models[1].state_dict()[name], tensor, **tolerance, check_stride=False)
+
+
+@pytest.mark.slow
+def test_compiled_training(stripes, fabric, tmp_path, monkeypatch):
+    """It learns, repeats itself, goes on after a cut, and hands back the plain module, which can be packed."""
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0)
+    model = network()
+    names = list(model.state_dict())
+    assert fit(model, stripes, fabric, compiled=True) is model
+    assert list(model.state_dict()) == names
+    assert type(model) is nn.Sequential
+    assert training.accuracy(model, stripes, stripes.test) > 0.9
+
+    write = training.write
+
+    def cut(path, *args):
+        write(path, *args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "write", cut)
+    with pytest.raises(KeyboardInterrupt):
+        fit(network(), stripes, fabric, compiled=True, checkpoint=tmp_path / "c")
+    monkeypatch.setattr(training, "write", write)
+    again = fit(network(), stripes, fabric, compiled=True, checkpoint=tmp_path / "c")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, again.state_dict()[name])
+
+    channels = paamops.trace(model.eval(), stripes.normalise(stripes.train.images[:1]))
+    small = paamops.pack(model, channels, paamops.select(channels, torch.rand(len(channels.filters)), filters=0.5))
+    fit(small, stripes, fabric, compiled=True)
+    assert small[0].out_channels < 8
 
 
 def test_accuracy_counts_and_keeps_the_mode(stripes):
