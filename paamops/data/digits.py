@@ -6,6 +6,7 @@ from torch.nn import functional as F
 from paamops.data.sets import Split, assemble, stratified
 
 TEST = 0.3  # a large share, since a point of accuracy must be several images
+VALIDATION = 0.25  # of the rest, for the same reason: pruning decides by it
 
 
 def read():
@@ -25,4 +26,11 @@ def read():
     images = F.interpolate(images, size=32, mode="bilinear", align_corners=False).round().to(torch.uint8)
     labels = torch.from_numpy(labels).long()
     rest, test = stratified(labels, TEST)
-    return assemble("digits", 10, Split(images[rest], labels[rest]), Split(images[test], labels[test]), flip=False)
+    return assemble(
+        "digits",
+        10,
+        Split(images[rest], labels[rest]),
+        Split(images[test], labels[test]),
+        flip=False,
+        held_out=VALIDATION,
+    )

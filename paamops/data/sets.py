@@ -49,9 +49,9 @@ class Dataset:
         return (images.float() - self.mean[:, None, None]) / self.std[:, None, None]
 
 
-def assemble(name, num_classes, train, test, flip):
-    """A Dataset: a tenth of each class of `train` becomes the validation split; the statistics are of the rest."""
-    rest, validation = stratified(train.labels, VALIDATION)
+def assemble(name, num_classes, train, test, flip, held_out=VALIDATION):
+    """A Dataset: the share `held_out` of each class of `train` becomes the validation split; statistics of the rest."""
+    rest, validation = stratified(train.labels, held_out)
     validation = Split(train.images[validation], train.labels[validation])
     train = Split(train.images[rest], train.labels[rest])
     mean, std = statistics(train.images)
