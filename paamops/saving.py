@@ -68,10 +68,18 @@ def save(model, path):
         "ties": ties,
         "sizes": {name: sizes for name, module in model.named_modules() if (sizes := module_sizes(module))},
     }
+    write(path, safetensors.torch.save(tensors, metadata={"paamops": json.dumps(header)}))
+
+
+def write(path, content):
+    """Write the bytes `content` to the file `path`, whole or not at all. A symbolic link is followed."""
     path = destination(path)
     partial = partial_file(path)
     try:
-        partial.write_bytes(safetensors.torch.save(tensors, metadata={"paamops": json.dumps(header)}))
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # on the disk before it gets its name, should the machine itself go down
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
