@@ -8,6 +8,8 @@ small    = paamops.pack(model, channels, keep)           a smaller dense network
 
 from paamops import data, models
 from paamops.channels import ChannelMap, Cost
+from paamops.methods.aap import AAP
+from paamops.methods.objective import Objective
 from paamops.ops.activation_attention import activation_attention
 from paamops.ops.cumulative_threshold import cumulative_threshold
 from paamops.ops.pack_channels import pack_channels
@@ -22,9 +24,11 @@ from paamops.tracing import trace
 __version__ = "0.1.0"
 
 __all__ = [
+    "AAP",
     "ActivationAttention",
     "ChannelMap",
     "Cost",
+    "Objective",
     "PackingError",
     "Selection",
     "activation_attention",

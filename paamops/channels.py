@@ -143,6 +143,8 @@ class ChannelMap:
         for call in calls:
             positions[call["weight"]] += call["positions"]
         self._positions = np.array([positions[name] for name in names], np.int64)
+        place = {name: number for number, name in enumerate(names)}
+        self._weights = np.array([place[layer.weight] for layer in self.layers], np.int64)
         self.batch = batch
 
     def _find_activations(self, calls, component, counts):
@@ -190,15 +192,28 @@ class ChannelMap:
         Args:
             keep: (S,) bool, or a Selection, or None for the whole network.
         """
-        kept = np.ones(len(self.pinned), np.int64) if keep is None else self.check(keep).numpy().astype(np.int64)
+        kept = self._kept(keep)
         sizes = (self._incidence @ kept + self._uncovered)[None]
         filters = int(kept[self.sets.numpy()].sum())
         return Cost(*(int(column[0]) for column in self.costs(sizes)), filters)
 
+    def layer_costs(self, keep=None):
+        """What each layer's weight costs in the network that `keep` leaves: parameters (L,) and FLOPs (L,), float64."""
+        sizes = (self._incidence @ self._kept(keep) + self._uncovered)[None]
+        params = torch.from_numpy(self._numel(sizes)[0, self._weights].astype(np.float64))
+        return params, 2 * params * torch.from_numpy(self._positions[self._weights] / self.batch)
+
+    def _kept(self, keep):
+        return np.ones(len(self.pinned), np.int64) if keep is None else self.check(keep).numpy().astype(np.int64)
+
+    def _numel(self, sizes):
+        """The elements of every tensor, (K, T)."""
+        sizes = np.concatenate([sizes, np.ones((len(sizes), 1), np.int64)], axis=1)
+        return self._fixed * sizes[:, self._slots].prod(axis=2)
+
     def costs(self, sizes):
         """Parameters, FLOPs and bytes, (K,) each, of K networks whose axes have these `sizes`, (K, A)."""
-        sizes = np.concatenate([sizes, np.ones((len(sizes), 1), np.int64)], axis=1)
-        numel = self._fixed * sizes[:, self._slots].prod(axis=2)
+        numel = self._numel(sizes)
         params = numel[:, self._is_parameter].sum(axis=1)
         flops = 2 * (numel @ self._positions) // self.batch
         return params, flops, numel @ self._itemsize

@@ -3,19 +3,26 @@
 import argparse
 import functools
 import importlib
+import importlib.util
 import logging
+import math
 import os
+import shlex
 import sys
 from pathlib import Path
 
 from paamops import __version__, data, models, saving
+from paamops.methods.objective import MINIMISE
 
 EXAMPLES = """\
 examples:
   python -m paamops prune
       train ResNet-20 on scikit-learn's digits, remove half of its parameters, compare (a minute or two)
-  python -m paamops prune --model resnet56 --data cifar10 --data-root ~/data --flops 0.4 --device cuda
-      keep 40 % of the FLOPs of ResNet-56 on CIFAR-10
+  python -m paamops prune --method aap --max-accuracy-drop 1.0
+      the smallest ResNet-20 that loses at most one point of accuracy (a few minutes)
+  python -m paamops prune --method aap --model resnet56 --data cifar10 --data-root ~/data --flops 0.4 --device cuda
+      --state runs/aap --resume
+      keep 40 % of the FLOPs of ResNet-56 on CIFAR-10, in rounds; the same command goes on after an interruption
   python -m paamops prune --model mynet:build --epochs 0 --data folder --data-root photos
       prune and fine-tune a trained network of your own: build() in mynet.py returns it with its weights
   python -m paamops explain --model vgg16 --data cifar10
@@ -26,13 +33,21 @@ examples:
 
 # The digits are few and easy: fewer epochs and images a step than the papers' schedules have.
 DIGITS = {"epochs": 12, "finetune_epochs": 8, "batch_size": 64}
+DIGITS_AAP = {"epochs": 16, "rewind": 0.5}
+# The 315 validation digits tell an accuracy to about half a point, and the smallest of many networks that pass is one
+# that was lucky with them: half of the drop that is allowed is kept back, so that it holds for other images too.
+DIGITS_RESERVE = 0.5
 
 
 def main(argv=None):
     """Run one command; the exit code: 0, 1 after an error, 2 for a wrong command line, 130 after Ctrl-C."""
     debug = False
     try:
-        args = parser().parse_args(argv)
+        top = parser()
+        args = top.parse_args(argv)
+        if args.run is run_prune:
+            check_method(top, args)
+        args.words = sys.argv[1:] if argv is None else argv
         debug = args.debug
         args.run(args)
     except KeyboardInterrupt:
@@ -87,15 +102,56 @@ def command(commands, name, help, run):
 def add_prune(commands):
     new = command(commands, "prune", "train a network, remove its least active filters, fine-tune, compare", run_prune)
     add_subject(new)
+    new.add_argument(
+        "--method",
+        choices=("once", "aap"),
+        default="once",
+        help="once: score, prune and fine-tune once; aap: automatic attention pruning, round by round to the target"
+        " (default: once)",
+    )
     budget = new.add_argument_group(
-        "what to keep", "One of these: a fraction such as 0.5, or a whole number. Default: --params 0.5."
-    ).add_mutually_exclusive_group()
+        "what to keep",
+        "A fraction such as 0.5, or a whole number. Once: one of these, by default --params 0.5. AAP: --params, --flops"
+        " or both, --max-accuracy-drop, or all; by default --max-accuracy-drop 1.0.",
+    )
     budget.add_argument("--params", type=amount, metavar="KEEP", help="parameters to keep")
     budget.add_argument("--flops", type=amount, metavar="KEEP", help="FLOPs to keep")
-    budget.add_argument("--filters", type=amount, metavar="KEEP", help="filters to keep")
+    budget.add_argument("--filters", type=amount, metavar="KEEP", help="filters to keep (once only)")
+    budget.add_argument(
+        "--max-accuracy-drop",
+        type=points,
+        metavar="POINTS",
+        help="percentage points of accuracy to lose, on validation images (of the few digits: half of it)",
+    )
+    rounds = new.add_argument_group("AAP only")
+    rounds.add_argument(
+        "--minimise",
+        choices=MINIMISE,
+        help="what is made small within --max-accuracy-drop (default: params, or nothing beyond --params and --flops)",
+    )
+    rounds.add_argument("--trained", action="store_true", help="the network that --model builds is trained already")
+    rounds.add_argument(
+        "--rewind",
+        type=share,
+        metavar="SHARE",
+        help="of the epochs: each round retrains the rest (digits: 0.5; else 0.75)",
+    )
+    rounds.add_argument("--rewind-weights", action="store_true", help="rewind the weights too, not only the rate")
+    rounds.add_argument(
+        "--rounds", type=positive, metavar="N", help="stop after N trained rounds, with the best so far"
+    )
+    rounds.add_argument("--state", metavar="DIR", help="keep the run here, so that it can be resumed")
+    rounds.add_argument("--resume", action="store_true", help="go on with what --state holds, if it holds a run")
+    rounds.add_argument("--report", metavar="FILE", help="an HTML page about the run (default: beside --out)")
+    rounds.add_argument("--no-report", action="store_true", help="write none")
     how = new.add_argument_group("how")
-    how.add_argument("--epochs", type=count, metavar="N", help="training before pruning (digits: 12; else the paper's)")
-    how.add_argument("--finetune-epochs", type=count, metavar="N", help="training after it (digits: 8; else half)")
+    how.add_argument(
+        "--epochs",
+        type=count,
+        metavar="N",
+        help="training before pruning; AAP: the whole schedule (digits: 12, AAP 16; else the paper's)",
+    )
+    how.add_argument("--finetune-epochs", type=count, metavar="N", help="after pruning once (digits: 8; else half)")
     how.add_argument("--batch-size", type=positive, metavar="N", help="images a step (digits: 64; else the paper's)")
     how.add_argument("--seed", type=seed, default=0, help="same seed, same result (default: 0)")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -103,6 +159,7 @@ def add_prune(commands):
     how.add_argument(
         "--precision", choices=("32-true", "16-mixed", "bf16-mixed"), default="32-true", help="of training"
     )
+    how.add_argument("--compiled", action="store_true", help="train through torch.compile: for a GPU and many epochs")
     how.add_argument("--out", metavar="FILE", help="the packed model (default: runs/MODEL-DATA.safetensors)")
     how.add_argument("--quiet", action="store_true", help="print the final table only")
 
@@ -114,8 +171,7 @@ def add_subject(new):
         "--model",
         type=network,
         metavar="NAME",
-        help="lenet5, resnet20, -32, -44, -56, -110, vgg16, or package.module:function that builds yours"
-        " (default: resnet20)",
+        help=f"{', '.join(models.NETWORKS)}, or package.module:function that builds yours (default: resnet20)",
     )
     subject.add_argument("--weights", metavar="FILE", help="start from this file of paamops.save; --epochs is then 0")
     subject.add_argument(
@@ -158,6 +214,27 @@ def whole(text, least, most=None):
     return value
 
 
+def points(text):
+    """Percentage points, as a fraction."""
+    return number(text, -100, 100) / 100
+
+
+def share(text):
+    """A share from 0 on and below 1."""
+    return number(text, 0, math.nextafter(1, 0))
+
+
+def number(text, least, most):
+    """A number from `least` to `most`."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r} must be {least} to {round(most)}")
+    return value
+
+
 count = functools.partial(whole, least=0)
 positive = functools.partial(whole, least=1)
 seed = functools.partial(whole, least=0, most=2**32 - 1)  # what NumPy takes
@@ -178,6 +255,10 @@ def run_prune(args):
     name = model_name(args)
     out = Path(args.out or f"runs/{name}-{args.data}.safetensors")
     check_writable(out)
+    page = None if args.no_report or args.method == "once" else Path(args.report or out.with_suffix(".html"))
+    if page:
+        check_writable(page, "--report")
+        find_matplotlib()
     check_device(args.device)
     fabric = training.make_fabric(args.device, args.precision, args.processes)
     for logger in ("lightning.fabric", "lightning_fabric"):
@@ -192,14 +273,84 @@ def run_prune(args):
     plan = make_plan(args, name)
     sizes = ", ".join(f"{len(getattr(dataset, split))} {split}" for split in ("train", "validation", "test"))
     say(f"{name} on {args.data} ({sizes} images), {fabric.device}, seed {args.seed}")
-    budget = {key: getattr(args, key) for key in ("params", "flops", "filters") if getattr(args, key) is not None}
     quiet = args.quiet or not leads
-    small, _ = pruning.prune(model, dataset, fabric, plan, budget or {"params": 0.5}, say, quiet, args.pinned)
+    budget = {key: getattr(args, key) for key in ("params", "flops", "filters") if getattr(args, key) is not None}
+    result = None
+    if args.method == "aap":
+        result = pruning.prune_to_target(
+            model, dataset, fabric, plan, **aap_settings(args, budget), say=say, quiet=quiet
+        )
+        say(result.message)
+        model, small = result.dense, result.model
+    else:
+        small, _ = pruning.prune(model, dataset, fabric, plan, budget or {"params": 0.5}, say, quiet, args.pinned)
     if leads:
         saving.save(small, out)  # before anything else can go wrong
         say(f"saved to {out}")
-        print(pruning.table(pruning.report(model, small, dataset.to(fabric.device))))
+        rows = pruning.report(model, small, dataset.to(fabric.device))
+        if page:
+            result.report(page, rows, shlex.join(["python", "-m", "paamops", *args.words]))
+            say(f"report: {page}")
+        print(pruning.table(rows))
+        if result and not result.met:
+            complain("the target was not met; see above for the best network that was found")
     fabric.barrier()
+
+
+def check_method(top, args):
+    """Refuse what the chosen method has no use for, rather than ignore it."""
+    given = [key for key in ("params", "flops", "filters") if getattr(args, key) is not None]
+    if args.method == "aap":
+        wrong = [key for key in ("filters", "finetune_epochs") if getattr(args, key) is not None]
+    else:
+        wrong = [
+            key
+            for key in ("max_accuracy_drop", "minimise", "rewind", "rounds", "state", "report")
+            if getattr(args, key) is not None
+        ]
+        wrong += [key for key in ("trained", "rewind_weights", "resume", "no_report", "compiled") if getattr(args, key)]
+        if len(given) > 1:
+            top.error(f"--{given[1]}: not allowed with --{given[0]}; only --method aap meets several targets")
+    if wrong:
+        top.error(f"--{wrong[0].replace('_', '-')}: not for --method {args.method}")
+    if args.minimise and args.max_accuracy_drop is None:
+        top.error("--minimise: needs --max-accuracy-drop")
+    if args.method == "aap" and args.epochs == 0:
+        top.error("--epochs: '0' must be at least 1 for --method aap: each round retrains; --trained skips the first")
+    if args.resume and args.state is None:
+        top.error("--resume: needs --state")
+    if args.report and args.no_report:
+        top.error("--report: not allowed with --no-report")
+
+
+def aap_settings(args, budget):
+    """What AAP is told, from the command line."""
+    from paamops.methods.objective import Objective
+
+    if not budget and args.max_accuracy_drop is None:
+        budget = {"max_accuracy_drop": 0.01}
+    elif args.max_accuracy_drop is not None:
+        budget = budget | {"max_accuracy_drop": args.max_accuracy_drop}
+    if args.data == "digits" and budget.get("max_accuracy_drop", 0) > 0:
+        budget = budget | {"max_accuracy_drop": DIGITS_RESERVE * budget["max_accuracy_drop"]}
+    rewind = args.rewind
+    if rewind is None:
+        rewind = DIGITS_AAP["rewind"] if args.data == "digits" else 0.75
+    return {
+        "objective": Objective(**budget, minimise=args.minimise),
+        "rewind": rewind,
+        "rewind_weights": args.rewind_weights,
+        "trained": args.trained or bool(args.weights),
+        "pinned": args.pinned,
+        "rounds": args.rounds,
+        "state": args.state,
+        "resume": args.resume,
+    }
+
+
+def find_matplotlib():
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("the report needs matplotlib: pip install paamops[train], or say --no-report")
 
 
 def run_explain(args):
@@ -231,11 +382,13 @@ def make_plan(args, name):
     schedule = schedule_for(name)
     defaults = {"epochs": schedule.epochs, "finetune_epochs": schedule.epochs // 2, "batch_size": schedule.batch_size}
     if args.data == "digits":
-        defaults = DIGITS
-    if args.weights:
-        defaults = {**defaults, "epochs": 0}
+        defaults |= DIGITS
+    if args.method == "aap":
+        defaults |= {"epochs": DIGITS_AAP["epochs"]} if args.data == "digits" else {}
+    elif args.weights:
+        defaults |= {"epochs": 0}
     chosen = {key: default if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
-    return Plan(schedule=schedule, seed=args.seed, **chosen)
+    return Plan(schedule=schedule, seed=args.seed, compiled=args.compiled, **chosen)
 
 
 def model_name(args):
@@ -290,17 +443,17 @@ def build_own(text):
     return model
 
 
-def check_writable(path):
-    """Know before an hour of training that the result can be stored: the file that is written first is made once."""
+def check_writable(path, option="--out"):
+    """Know before an hour of training that a file can be stored: the one that is written first is made once."""
     try:
         Path(os.path.realpath(path)).parent.mkdir(parents=True, exist_ok=True)
         probe = saving.partial_file(saving.destination(path))
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--out {path}: cannot write to {path.parent} ({error.strerror or error})") from error
+        raise ValueError(f"{option} {path}: cannot write to {path.parent} ({error.strerror or error})") from error
     except ValueError as error:
-        raise ValueError(f"--out {error}") from error
+        raise ValueError(f"{option} {error}") from error
 
 
 def check_device(device):

@@ -3,30 +3,33 @@
 import itertools
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from paamops import data, training
 from paamops.measuring import file_size, latency
+from paamops.methods.aap import AAP
 from paamops.packing import pack
 from paamops.scoring import score
 from paamops.selection import select
 from paamops.tracing import trace
 
-REWIND = 0.5  # fine-tuning takes the learning rates of this part of the schedule to its end (AAP §3.3 rewinds them too)
-SCORED = 1024  # training images that decide the scores
+SCORED = 1024  # training images that decide the scores, where the network is pruned once
+ONE_BATCH = 256  # and where it is scored anew each round, by one batch
 BATCHES = (1, 64)  # images at a time, for the latency
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to train: the schedule, epochs before and after pruning, images a step, the seed."""
+    """How to train: the schedule, epochs before and after pruning, images a step, the seed, compiled or not."""
 
     schedule: training.Schedule
     epochs: int
     finetune_epochs: int
     batch_size: int
     seed: int = 0
+    compiled: bool = False
 
 
 def prune(model, dataset, fabric, plan, budget, say=print, quiet=False, pinned=()):
@@ -70,12 +73,56 @@ def prune(model, dataset, fabric, plan, budget, say=print, quiet=False, pinned=(
             fabric,
             plan.schedule,
             epochs=plan.finetune_epochs,
-            rewind=REWIND,
+            start_epoch=plan.finetune_epochs,  # of twice as many: the second half of the schedule
             label="fine-tuning",
             **settings,
         )
         say(told("fine-tuned", plan.finetune_epochs, small, dataset, start))
     return small, selection
+
+
+def prune_to_target(model, dataset, fabric, plan, objective, say=print, quiet=False, state=None, **settings):
+    """Prune `model` by AAP until `objective` is met, with this project's training and data; the Result.
+
+    Rounds are accepted or rejected by the accuracy on the validation split, as a fraction; scores come from a batch of
+    the training split. `plan.epochs` is the length of the whole schedule. `state` and `settings` go to `paamops.AAP`.
+    """
+    model, dataset = model.to(fabric.device), dataset.to(fabric.device)
+    check_output(model, dataset)
+    checkpoint = None if state is None else Path(state) / "training.safetensors"
+
+    def train(network, epochs, start_epoch):
+        training.train(
+            network,
+            dataset,
+            fabric,
+            plan.schedule,
+            epochs=epochs,
+            start_epoch=start_epoch,
+            total_epochs=plan.epochs,
+            batch_size=plan.batch_size,
+            seed=int(torch.randint(2**31, ())),  # AAP has seeded the generator for this round
+            checkpoint=checkpoint,
+            compiled=plan.compiled,
+            quiet=quiet,
+        )
+
+    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(plan.seed))
+    images = dataset.normalise(dataset.train.images[order[:ONE_BATCH].to(fabric.device)])
+    method = AAP(
+        model,
+        images,
+        train=train,
+        evaluate=lambda network: training.accuracy(network, dataset, dataset.validation),
+        objective=objective,
+        epochs=plan.epochs,
+        state=state,
+        seed=plan.seed,
+        say=say,
+        quiet=quiet,
+        **settings,
+    )
+    return method.run()
 
 
 def told(what, epochs, model, dataset, start):

@@ -76,7 +76,7 @@ def select(channels, scores, *, filters=None, params=None, flops=None, threshold
         asked = {name: value}
         reached = float(value) if isinstance(value, numbers.Real) else [float(v) for v in value]
     else:
-        budget = _absolute(name, value, getattr(channels.cost(), name))
+        budget = absolute(name, value, getattr(channels.cost(), name))
         asked = {name: budget}
         keep, reached = _within(channels, means, guarded, name, budget, round_to)
     keep = _rounded(channels, means, keep, round_to)
@@ -98,7 +98,8 @@ def _check_scores(scores, channels):
         )
 
 
-def _absolute(name, value, whole):
+def absolute(name, value, whole):
+    """The budget as a number: a fraction of `whole` rounded down, or the int itself."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name} is a {type(value).__name__}; it must be a fraction (float) or a number (int)")
     if isinstance(value, numbers.Integral):

@@ -1,0 +1,522 @@
+"""The report of a run of AAP: one self-contained HTML file, its figures inline SVG. The only user of matplotlib."""
+
+import contextlib
+import datetime
+import io
+import itertools
+import math
+import re
+import statistics
+import warnings
+from importlib import resources
+from xml.etree import ElementTree
+
+import numpy as np
+import torch
+
+import paamops
+from paamops.saving import destination, partial_file
+
+# Told apart by those who are colour-blind (Okabe and Ito), and by shape or place as well.
+BLUE, ORANGE, GREY, LIGHT, DARK = "#0072b2", "#d55e00", "#6b6b6b", "#c4c4c4", "#1a1a1a"
+OUTCOMES = {"start": ("D", DARK), "accepted": ("o", BLUE), "rolled back": ("v", ORANGE), "skipped": ("x", GREY)}
+
+WIDTH = 420  # of every figure, in points: its text stays readable on a telephone
+ROWS = 34  # layers in one figure of the attention: it fits on a printed page
+BINS = 60
+DECADES = 5  # of attention that are shown; what is smaller stands at the left edge
+
+STYLE = {
+    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so that the layout is the same everywhere
+    "font.size": 11,
+    "axes.labelsize": "medium",
+    "legend.fontsize": 10.5,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.parse_math": False,  # a "$" in the name of a layer is a "$"
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "paamops",  # same figure, same ids
+}
+
+
+def write(result, path, rows=None, command=None):
+    """Write the report of `result` to the file `path`, whole or not at all. A symbolic link is followed.
+
+    Args:
+        result: paamops.methods.result.Result.
+        rows: lines (what, before, after, change) of the first table; default accuracy, parameters, FLOPs, filters.
+        command: the command that made it, to be shown.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        FileNotFoundError: the folder of `path` is not there. ValueError: `path` is no regular file, or a line of
+            `rows` has not four entries.
+    """
+    path = destination(path)
+    html = page(result, rows, command, datetime.date.today())
+    partial = partial_file(path)
+    try:
+        partial.write_bytes(html.encode("utf-8"))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def page(result, rows, command, date):
+    """The HTML of the report: the same characters for the same arguments."""
+    require_matplotlib()
+    import jinja2
+    from markupsafe import Markup
+
+    rows = before_and_after(result) if rows is None else [tuple(map(printable, row)) for row in rows]
+    for row in rows:
+        if len(row) != 4:
+            raise ValueError(f"rows: {row!r} has {len(row)} entries; a line is (what, before, after, change)")
+    figures = draw(result)
+    recipe = getattr(result.dense, "paamops_recipe", None) or {}
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    text = (resources.files("paamops") / "templates" / "report.html").read_text(encoding="utf-8")
+    return environment.from_string(text).render(
+        network=printable(recipe.get("name", type(result.dense).__name__)),
+        asked=asked(result),
+        met=result.met,
+        message=printable(result.message),
+        rows=rows,
+        figures={name: Markup(svg) for name, svg in figures.items()},
+        parts=attention_parts(len(result.channels.layers)),
+        widths=[width_row(number, layer) for number, layer in enumerate(widths(result), 1)],
+        rounds=[round_row(result, each) for each in result.history],
+        chosen=result.chosen,
+        limited=result.objective.max_accuracy_drop is not None or bool(result.objective.sizes),
+        command=None if command is None else printable(command),
+        versions={"paamops": paamops.__version__, "torch": torch.__version__},
+        date=date.isoformat(),
+    )
+
+
+def require_matplotlib():
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "reports and plots need matplotlib, which is not installed: pip install paamops[train]", name="matplotlib"
+        ) from error
+
+
+# --- the words and numbers
+
+
+def printable(value):
+    """`value` as text without control characters and lone surrogates, which no HTML file can hold."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(value))
+
+
+def finite(accuracy):
+    """The accuracy, or None where there is none that could be drawn."""
+    return accuracy if accuracy is not None and math.isfinite(accuracy) else None
+
+
+def fractions(result):
+    """Whether `evaluate` gave fractions, which are told as percentages: all its values lie in 0 to 1."""
+    known = [each.accuracy for each in result.history if finite(each.accuracy) is not None]
+    return all(0 <= accuracy <= 1 for accuracy in known)
+
+
+def percent(part, whole):
+    return f"{100 * part / max(whole, 1):.1f} %"
+
+
+def flops_text(flops):
+    return f"{flops / 1e6:,.2f} M" if flops >= 1e5 else f"{flops:,}"
+
+
+def accuracy_text(result, accuracy):
+    if finite(accuracy) is None:
+        return "–"
+    return f"{100 * accuracy:.2f} %" if fractions(result) else f"{accuracy:.4g}"
+
+
+def points_text(result, points, sign=""):
+    """A difference of accuracies."""
+    if not fractions(result):
+        return f"{points:{sign}.4g}"
+    return f"{100 * points:{sign}.2f} points"
+
+
+def whole_and_chosen(result):
+    """The first round and the one whose network `result.model` is."""
+    return result.history[0], next(each for each in result.history if each.number == result.chosen)
+
+
+def asked(result):
+    """The objective as a sentence."""
+    objective, whole = result.objective, result.channels.cost()
+    names = {"params": "parameters", "flops": "FLOPs", "both": "parameters and FLOPs"}
+    minimise = objective.minimise or (None if objective.sizes else "params")
+    drop = objective.max_accuracy_drop
+    goal = "the best accuracy" if drop is None else f"the fewest {names[minimise]}" if minimise else "a network"
+    limits = [
+        f"at most {percent(objective.limit(name, whole), getattr(whole, name))} of the {names[name]}"
+        for name in objective.sizes
+    ]
+    if drop is not None and drop > 0:
+        limits.append(f"at most {points_text(result, drop)} of accuracy lost")
+    elif drop is not None:
+        limits.append(f"at least {points_text(result, -drop)} of accuracy gained" if drop else "no accuracy lost")
+    return f"{goal} with {' and '.join(limits)}"
+
+
+def before_and_after(result):
+    """The default lines of the first table."""
+    start, chosen = whole_and_chosen(result)
+    whole, left = result.channels.cost(), result.channels.cost(result.keep)
+    lost = loss(start, chosen)
+    rows = [
+        (
+            "validation accuracy",
+            accuracy_text(result, start.accuracy),
+            accuracy_text(result, chosen.accuracy),
+            "–" if lost is None else points_text(result, -lost or 0.0, "+"),
+        )
+    ]
+    for what, before, after, text in (
+        ("parameters", whole.params, left.params, "{:,}".format),
+        ("FLOPs an example", whole.flops, left.flops, flops_text),
+        ("filters", whole.filters, left.filters, "{:,}".format),
+    ):
+        rows.append((what, text(before), text(after), f"{100 * (after - before) / max(before, 1):+.1f} %"))
+    return rows
+
+
+def loss(start, each):
+    """The accuracy lost against round 0, or None where it is not known."""
+    if finite(start.accuracy) is None or finite(each.accuracy) is None:
+        return None
+    return start.accuracy - each.accuracy
+
+
+def widths(result):
+    """For every layer (name, kind, filters before, filters after, whether all of them are pinned)."""
+    channels = result.channels
+    keep, count = channels.check(result.keep), len(channels.layers)
+    before = torch.bincount(channels.filters, minlength=count).tolist()
+    after = torch.bincount(channels.filters[keep[channels.sets]], minlength=count).tolist()
+    free = torch.bincount(channels.filters[~channels.pinned[channels.sets]], minlength=count).tolist()
+    return [
+        (printable(layer.name), layer.kind, b, a, not f)
+        for layer, b, a, f in zip(channels.layers, before, after, free, strict=True)
+    ]
+
+
+def width_row(number, layer):
+    name, kind, before, after, pinned = layer
+    removed = "pinned" if pinned else percent(before - after, before)
+    return number, name, f"{before:,}", f"{after:,}", removed, kind
+
+
+def round_row(result, each):
+    whole = result.channels.cost()
+    return (
+        each.number,
+        "–" if each.origin is None else each.origin,
+        f"{each.threshold:.4g}",
+        f"{each.step:.4g}",
+        f"{each.params:,} ({percent(each.params, whole.params)})",
+        f"{flops_text(each.flops)} ({percent(each.flops, whole.flops)})",
+        f"{each.filters:,}",
+        accuracy_text(result, each.accuracy),
+        f"{each.outcome}, chosen" if each.number == result.chosen else each.outcome,
+        f"{each.seconds:,.1f}",
+    )
+
+
+# --- the figures
+
+
+@contextlib.contextmanager
+def style():
+    """matplotlib as it is out of the box, with STYLE; the user's own settings are put back afterwards."""
+    require_matplotlib()
+    import matplotlib.style
+
+    with matplotlib.style.context(STYLE, after_reset=True), warnings.catch_warnings():
+        # A name may have letters that matplotlib's font lacks; the browser finds them.
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)
+        yield
+
+
+def draw(result):
+    """The figures of the report by name, as SVG."""
+    with style():
+        figures = {"history": history(result), "sparsity": sparsity(result)}
+        for first, last in attention_parts(len(result.channels.layers)):
+            figures[f"attention-{first}"] = attention(result, first, last)
+        return {name: svg(figure, name) for name, figure in figures.items()}
+
+
+def new_figure(height, panels=1):
+    """A Figure that no backend knows of, and its axes one above the other."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained", facecolor="white")
+    return figure, figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+
+
+def history(result):
+    """Accuracy lost and size left over the rounds, every round joined to the one that it was pruned from (Fig. 2b)."""
+    with style():
+        start, _ = whole_and_chosen(result)
+        whole, objective = result.channels.cost(), result.objective
+        unit, scale = ("points", 100) if fractions(result) else ("in its own unit", 1)
+        lost = {each.number: loss(start, each) for each in result.history}
+        panels = []
+        if any(value is not None for value in lost.values()):
+            limit = None if objective.max_accuracy_drop is None else scale * objective.max_accuracy_drop
+            values = {number: scale * value for number, value in lost.items() if value is not None}
+            panels.append((f"accuracy lost\n({unit})", values, limit))
+        for name, label in (("params", "parameters\nleft (%)"), ("flops", "FLOPs\nleft (%)")):
+            size = getattr(whole, name)
+            limit = 100 * objective.limit(name, whole) / size if name in objective.sizes else None
+            panels.append((label, {each.number: 100 * getattr(each, name) / size for each in result.history}, limit))
+        figure, axes = new_figure(60 + 130 * len(panels), len(panels))
+        for axis, (label, values, limit) in zip(axes, panels, strict=True):
+            if label.startswith("accuracy"):
+                values = cut(axis, result, values, limit)
+            else:
+                axis.set_ylim(0, 108)
+            draw_rounds(axis, result, values, limit)
+            axis.set_ylabel(label)
+        axes[-1].set_xlabel("round")
+        axes[-1].xaxis.get_major_locator().set_params(integer=True)
+        figure.align_ylabels(axes)
+        handles = {}
+        for axis in axes:
+            handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+        handles = {label: handles[label] for label in (*OUTCOMES, "chosen", "limit") if label in handles}
+        scale = 6 / marker_size(len(result.history))
+        figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, markerscale=scale)
+        return figure
+
+
+def draw_rounds(axis, result, values, limit):
+    """The rounds that have a value, in the shape of their outcome; the limit; the chosen round."""
+    size = marker_size(len(result.history))
+    for each in result.history:
+        if each.origin in values and each.number in values:
+            axis.plot([each.origin, each.number], [values[each.origin], values[each.number]], "-", color=LIGHT, lw=1)
+    for outcome, (marker, colour) in OUTCOMES.items():
+        numbers = [each.number for each in result.history if each.outcome == outcome and each.number in values]
+        if numbers:
+            heights = [values[number] for number in numbers]
+            axis.plot(numbers, heights, marker, color=colour, ms=size, mew=1.4 if marker == "x" else 0, label=outcome)
+    if limit is not None:
+        axis.axhline(limit, color=DARK, lw=1, ls=(0, (5, 3)), label="limit")
+    if result.chosen in values:
+        ring = {"mfc": "none", "mec": DARK, "mew": 1.3, "ms": size + 6}
+        axis.plot([result.chosen], [values[result.chosen]], "o", ls="none", label="chosen", **ring)
+    axis.grid(axis="y", color="#e6e6e6", lw=0.6)
+    axis.set_axisbelow(True)
+
+
+def marker_size(count):
+    return min(6, max(3.5, 260 / count))
+
+
+def cut(axis, result, values, limit):
+    """`values`, but a round that lost nearly everything stands at the top, an arrow and its number beside it: it must
+    not flatten all others."""
+    shown = [values[each.number] for each in result.history if each.outcome == "accepted" and each.number in values]
+    shown += [0.0, *([] if limit is None else [limit]), statistics.median(values.values())]
+    low = min([*values.values(), *shown])
+    span = max(shown) - low
+    top = max(shown) + 2 * span
+    if span == 0 or max(values.values()) <= top:
+        return values
+    axis.set_ylim(low - 0.2 * span, top + 0.4 * span)
+    for number, value in values.items():
+        if value > top:
+            axis.annotate(f"↑ {value:.3g}", (number, top), (7, 0), textcoords="offset points", va="center", fontsize=10)
+    return {number: min(value, top) for number, value in values.items()}
+
+
+def sparsity(result):
+    """The share of filters removed from every layer, in layer order (Fig. 2c)."""
+    layers = widths(result)
+    figure, (axis,) = new_figure(190)
+    numbers = np.arange(1, len(layers) + 1)
+    removed = np.array([100 * (before - after) / max(before, 1) for _, _, before, after, _ in layers])
+    axis.bar(numbers, removed, width=0.8, color=BLUE)
+    pinned = numbers[[pinned for *_, pinned in layers]]
+    if len(pinned):
+        size = marker_size(len(layers))
+        axis.plot(pinned, [0] * len(pinned), "x", color=ORANGE, ms=size, clip_on=False, label="pinned: cannot go")
+        figure.legend(loc="outside upper right")
+    axis.set_ylim(0, 100)
+    axis.set_xlim(0.3, len(layers) + 0.7)
+    axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.set_xlabel("layer, numbered as in the table")
+    axis.set_ylabel("filters removed (%)")
+    axis.grid(axis="y", color="#e6e6e6", lw=0.6)
+    axis.set_axisbelow(True)
+    return figure
+
+
+def attention_parts(count):
+    """(first, last) layer, from 1, of every figure of the attention: all of about the same height."""
+    parts = max(1, math.ceil(count / ROWS))
+    bounds = [round(part * count / parts) for part in range(parts + 1)]
+    return [(a + 1, b) for a, b in itertools.pairwise(bounds)]
+
+
+def attention(result, first, last):
+    """The distributions of the attention in the layers first to last: before above the line, after below it (Fig. 9).
+
+    A histogram over log attention, to the height of each layer's fullest bin. Thresholds T·w_l are upright lines.
+    """
+    from matplotlib.patches import PathPatch
+
+    channels = result.channels
+    before, after = (result.attention[when].detach().cpu().double().numpy() for when in ("before", "after"))
+    thresholds = [torch.as_tensor(result.thresholds[when]).cpu().numpy() for when in ("before", "after")]
+    low, high = attention_range(before, after, thresholds)
+    edges = np.geomspace(low, high, BINS + 1)
+    gone = ~channels.check(result.keep)[channels.sets].numpy()
+    count = last - first + 1
+    row = min(36, max(15, 400 / count))
+    figure, (axis,) = new_figure(90 + row * count)
+    shapes = {"before, stays": [], "before, removed": [], "after": []}
+    for y, k in enumerate(range(first - 1, last)):
+        mine = slice(int(channels.offsets[k]), int(channels.offsets[k + 1]))
+        total, left = binned(before[mine], edges), binned(after[mine], edges)
+        stays = binned(before[mine][~gone[mine]], edges)
+        unit = 0.44 / max(total.max(), left.max(), 1)
+        shapes["before, stays"].append((y - unit * stays, np.full(BINS, y), edges))
+        shapes["before, removed"].append((y - unit * total, y - unit * stays, edges))
+        shapes["after"].append((y + unit * left, np.full(BINS, y), edges))
+    axis.hlines(range(count), low, high, color=LIGHT, lw=0.6)
+    for (label, parts), colour in zip(shapes.items(), (LIGHT, ORANGE, BLUE), strict=True):
+        path = steps(parts)
+        edge = GREY if colour == LIGHT else colour
+        axis.add_patch(PathPatch(path, facecolor=colour, edgecolor=edge, lw=0.4, label=label))
+    for values, side in zip(thresholds, (-1, 1), strict=True):
+        draw_thresholds(axis, values[first - 1 : last], low, high, side)
+    axis.plot([], [], "-", color=DARK, lw=1.4, label="threshold of the layer")
+    lay_out(axis, low, high, count)
+    names = [f"{k} · {shortened(printable(layer.name))}" for k, layer in enumerate(channels.layers, 1)][
+        first - 1 : last
+    ]
+    axis.set_yticks(range(count), names, fontsize=9.5)
+    figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
+def attention_range(before, after, thresholds):
+    """The lowest and the highest attention that is shown: DECADES at most, thresholds too where they are near."""
+    values = np.concatenate([before, after])
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        return 0.1, 1.0
+    lines = np.concatenate(thresholds)
+    lines = lines[np.isfinite(lines) & (lines > 0) & (lines <= 10 * values.max())]
+    both = np.concatenate([values, lines])
+    high = both.max()
+    return max(both.min(), high / 10**DECADES) / 1.2, high * 1.2
+
+
+def binned(values, edges):
+    """(BINS,) how many of `values` lie in each bin; those below the first stand in it, NaN in none."""
+    return np.histogram(np.clip(values[np.isfinite(values)], edges[0], edges[-1]), edges)[0]
+
+
+def steps(parts):
+    """One Path of all the (top, bottom, edges), (BINS,) each, where top and bottom differ."""
+    from matplotlib.path import Path
+
+    vertices, codes = [], []
+    for top, bottom, edges in parts:
+        filled = np.flatnonzero(top != bottom)
+        for run in np.split(filled, np.flatnonzero(np.diff(filled) > 1) + 1):
+            if not len(run):
+                continue
+            x = np.repeat(edges[run[0] : run[-1] + 2], 2)[1:-1]
+            outline = [*zip(x, np.repeat(top[run], 2), strict=True)]
+            outline += reversed([*zip(x, np.repeat(bottom[run], 2), strict=True)])
+            vertices += [*outline, outline[0]]
+            codes += [Path.MOVETO, *[Path.LINETO] * (len(outline) - 1), Path.CLOSEPOLY]
+    return Path(np.array(vertices).reshape(-1, 2), codes)
+
+
+def draw_thresholds(axis, values, low, high, side):
+    """A line in every layer's half row, before (side -1) or after (1); beyond the axis an arrowhead at its edge."""
+    y = np.arange(len(values))
+    inside = (values >= low) & (values <= high)
+    axis.vlines(values[inside], y[inside], (y + 0.46 * side)[inside], color=DARK, lw=1.4)
+    for beyond, x, marker in (((values > 0) & (values < low), low, "<"), (values > high, high, ">")):
+        at = (y + 0.23 * side)[beyond & np.isfinite(values)]
+        if len(at):
+            axis.plot([x] * len(at), at, marker, color=DARK, ms=3, clip_on=False)
+
+
+def lay_out(axis, low, high, count):
+    """A logarithmic axis with plain numbers, the first layer on top."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_xscale("log")
+    axis.set_xlim(low, high)
+    axis.set_ylim(count - 0.45, -0.55)
+    wide = high / low > 100
+    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
+    axis.set_xlabel("attention of a filter")
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="x", color="#e6e6e6", lw=0.6)
+    axis.set_axisbelow(True)
+
+
+def shortened(name, most=22):
+    """The end of a name says more than its beginning."""
+    return name if len(name) <= most else "…" + name[1 - most :]
+
+
+def svg(figure, name):
+    """The figure as an <svg> element for HTML.
+
+    Every id starts with `name`, so that no two figures share one; what only a file of its own needs is gone
+    (namespaces, metadata, a style sheet that would hold for the whole page); it scales; coordinates are to 1/100 point.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    root = ElementTree.fromstring(buffer.getvalue())
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if local(child.tag) in ("metadata", "style"):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = local(element.tag)
+        if element.tag != "text":
+            element.text = None
+        element.tail = None
+        element.attrib = {local(key): value for key, value in element.attrib.items()}
+        for key, value in element.attrib.items():
+            if key == "id":
+                value = f"{name}-{value}"
+            elif key == "href":
+                value = value.replace("#", f"#{name}-")
+            elif key == "d":
+                value = re.sub(r"-?\d+\.\d+", lambda number: f"{round(float(number[0]), 2):g}", " ".join(value.split()))
+            element.set(key, value.replace("url(#", f"url(#{name}-"))
+    for key in ("width", "height", "version"):
+        root.attrib.pop(key, None)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{name}-caption")
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def local(name):
+    """The name without its namespace."""
+    return name.rpartition("}")[2]
