@@ -2,7 +2,8 @@
 # A second run is cheap: packages are installed when requirements-dev.txt changed, C++ is built when csrc/ changed.
 
 PYTHON ?= python3        # the Python that .venv is made with; for `make gpu`, the one that has torch
-DEMO_ARGS ?=             # e.g. DEMO_ARGS="--epochs 2 --finetune-epochs 1"
+DEMO := prune --method aap --max-accuracy-drop 1.0
+DEMO_ARGS ?=             # e.g. DEMO_ARGS="--epochs 2 --rounds 2"
 TEST_ARGS ?=             # e.g. TEST_ARGS="-m slow tests/test_build.py"
 BENCH_ARGS ?=            # e.g. BENCH_ARGS="activation_attention --quick"
 PAAMOPS_CPP ?= 1         # fail where the C++ kernels cannot be built; 0 leaves them out
@@ -20,15 +21,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 .PHONY: help demo test bench lint gpu
 
 help:
-	@echo "make demo   train ResNet-20 on the digits, prune it, pack it, fine-tune it, compare"
+	@echo "make demo   train ResNet-20 on the digits, prune it as far as its accuracy allows, compare"
 	@echo "make test   the tests that need neither a GPU nor many minutes"
 	@echo "make bench  time the ops on this CPU, beside their baselines; write bench/results/"
 	@echo "make lint   ruff check and ruff format --check"
 	@echo "make gpu    GPU tests and benchmarks with this machine's own $(PYTHON) and torch, without network"
 
 demo: .venv/.built
-	@echo "==> the main job: python -m paamops prune $(DEMO_ARGS)"
-	@$(BIN)/python -m paamops prune $(DEMO_ARGS)
+	@echo "==> the main job: python -m paamops $(DEMO) $(DEMO_ARGS)"
+	@$(BIN)/python -m paamops $(DEMO) $(DEMO_ARGS)
 
 test: .venv/.built
 	@echo "==> the tests"

@@ -1,6 +1,6 @@
 """python -m bench.main_job [seeds]: the main job under several seeds, as a user runs it; into bench/results/.
 
-`python -m paamops prune` prints a table; what is stored is that table, once for each seed.
+`make demo` prints a table; what is stored is that table, once for each seed.
 """
 
 import datetime
@@ -16,14 +16,15 @@ import time
 from . import machine
 
 RESULTS = pathlib.Path(__file__).parent / "results"
+COMMAND = "python -m paamops prune --method aap --max-accuracy-drop 1.0"
 
 
 def main(seeds=3):
     facts = machine.facts("cpu") | {"date": datetime.date.today().isoformat()}
-    stored = {"machine": facts, "command": "python -m paamops prune --seed N", "seeds": {}}
+    stored = {"machine": facts, "command": f"{COMMAND} --seed N", "seeds": {}}
     for seed in range(int(seeds)):
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, "-m", "paamops", "prune", "--quiet", "--seed", str(seed), "--out", f"{folder}/m"]
+            command = [sys.executable, *COMMAND.split()[1:], "--quiet", "--seed", str(seed), "--out", f"{folder}/m"]
             start = time.perf_counter()
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             seconds = time.perf_counter() - start
