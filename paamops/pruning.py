@@ -1,8 +1,9 @@
 """The main job: a trained network, the four verbs, fine-tuning, and what came of it."""
 
+import hashlib
 import itertools
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -117,12 +118,29 @@ def prune_to_target(model, dataset, fabric, plan, objective, say=print, quiet=Fa
         objective=objective,
         epochs=plan.epochs,
         state=state,
+        context={
+            "schedule": asdict(plan.schedule),
+            "batch_size": plan.batch_size,
+            "compiled": plan.compiled,
+            "precision": fabric.strategy.precision.precision,
+            "data": [dataset.name, digest(dataset)],
+        },
         seed=plan.seed,
         say=say,
         quiet=quiet,
         **settings,
     )
     return method.run()
+
+
+def digest(dataset):
+    """A fingerprint of the images that a network is trained and judged by."""
+    state = hashlib.sha256()
+    for split in (dataset.train, dataset.validation):
+        for tensor in (split.images, split.labels):
+            state.update(f"{tuple(tensor.shape)}".encode())
+            state.update(tensor.cpu().contiguous().numpy())
+    return state.hexdigest()[:16]
 
 
 def told(what, epochs, model, dataset, start):

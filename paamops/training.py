@@ -162,7 +162,11 @@ def prepared(model, dataset, fabric, schedule, compiled=False):
     """
     with contextlib.ExitStack() as stack:
         layout = stack.enter_context(laid_out(model, dataset))
-        stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True))
+        stack.enter_context(
+            torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32
+            )
+        )
         wrapped = stack.enter_context(compilation(model)) if compiled else model
         wrapped, optimizer = fabric.setup(wrapped, make_optimizer(model, schedule, fabric.device))
         yield wrapped, optimizer, layout
@@ -175,6 +179,7 @@ def train_epoch(model, optimizer, dataset, fabric, batch_size, seed, layout=None
     Nothing in it waits for the device: what decides anything on the host (the shapes) is known there.
     """
     generator = torch.Generator(fabric.device).manual_seed(seed)
+    torch.manual_seed(seed + 7919 * fabric.global_rank)  # what the network draws itself: dropout
     share = slice(fabric.global_rank, None, fabric.world_size)
     loss = torch.zeros((), device=fabric.device)
     for images, labels in data.batches(dataset.train, batch_size, generator, share):

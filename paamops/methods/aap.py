@@ -22,7 +22,7 @@ from paamops.methods.result import Result, Round
 from paamops.methods.state import State
 from paamops.methods.thresholds import Thresholds
 from paamops.ops.activation_attention import REDUCTIONS, activation_attention
-from paamops.packing import pack
+from paamops.packing import PackingError, pack
 from paamops.scoring import score
 from paamops.selection import select
 
@@ -48,7 +48,8 @@ class AAP:
         example_inputs: one batch of training images, a tensor or a tuple of inputs, on the model's device. The network
             is traced with it and every round is scored on it (§3.1: one batch of random training images).
         train: train(model, epochs, start_epoch) trains `model` in place for `epochs` epochs of the schedule, from its
-            epoch `start_epoch` (counted from 0) on, with a fresh optimizer. It is given a smaller network each round.
+            epoch `start_epoch` (counted from 0) on, with a fresh optimizer. It is given a smaller network each round,
+            in train mode all through.
         evaluate: evaluate(model) returns the accuracy, a number, the higher the better. Use images that are neither
             trained on nor kept for the final test: every round is accepted or rejected by it.
         objective: Objective.
@@ -65,9 +66,12 @@ class AAP:
             roll-back. The paper has 0.01, its code 1.0: with a λ that is given, only rounds that remove nothing are.
         pinned: layers that stay whole, as for `trace`.
         state: a folder to keep the run in, written after each round. None: memory only.
-        resume: go on with what `state` holds, or start afresh where it holds nothing.
+        resume: go on with what `state` holds, or start afresh where it holds nothing. With the same batch in
+            `example_inputs`, and a `train` that draws from the seeded generators only, the end is that of a run that
+            was never cut.
+        context: a dict for JSON that a resumed run must share, such as the settings of `train`.
         rounds: stop after so many trained rounds; the best network so far is the result. None: until the end.
-        seed: the random generators of Python, NumPy and torch are seeded from it before each training.
+        seed: the random generators of Python, NumPy and torch are seeded from it before each training and evaluation.
         say: is given one line a round.
         quiet: no progress bar.
 
@@ -98,43 +102,53 @@ class AAP:
         pinned=(),
         state=None,
         resume=False,
+        context=None,
         rounds=None,
         seed=0,
         say=None,
         quiet=False,
     ):
-        _check(model, train, evaluate, objective, epochs, rewind, p, reduction, step, rounds)
+        _check(model, train, evaluate, objective, epochs, rewind, p, reduction, step, rounds, seed, say)
         if rewind_weights and trained:
             raise ValueError("rewind_weights needs the weights of an early epoch: trained must be False")
         if resume and state is None:
             raise ValueError("resume is True, but state is None; it must be the folder of the run")
         self.train, self.evaluate, self.objective = train, evaluate, objective
-        self.epochs, self.start = epochs, round(rewind * epochs)
+        self.epochs, self.start = int(epochs), round(rewind * epochs)
         if self.start >= epochs:
-            raise ValueError(f"rewind is {rewind}: of {epochs} epochs none is left to retrain; it must be lower")
+            raise ValueError(
+                f"rewind is {rewind} and epochs is {epochs}: none is left to retrain; one more epoch, or a lower rewind"
+            )
         self.trained, self.rewind_weights = trained, rewind_weights
-        self.p, self.reduction, self.first, self.rounds, self.seed = p, reduction, step, rounds, seed
+        self.p, self.reduction, self.first = p, reduction, None if step is None else float(step)
+        self.rounds, self.seed = rounds, int(seed)
+        if isinstance(example_inputs, list):
+            raise TypeError("example_inputs is a list; it must be a tensor or a tuple of inputs")
         self.example_inputs = example_inputs
-        self.channels = tracing.trace(model, _first(example_inputs), pinned)
+        self.channels = tracing.trace(model, _first_two(model, example_inputs), pinned)
         if self.channels.pinned.all():
             raise ValueError(f"model has nothing to prune: {'; '.join(dict.fromkeys(self.channels.reasons))}")
         self.whole = self.channels.cost()
         # A forward pass with sizes written into it is refused before anything is trained.
         trial = torch.rand(len(self.channels.sets), generator=torch.Generator().manual_seed(0))
         pack(model, self.channels, select(self.channels, trial, threshold=0.5))
+        score(model, self.channels, _copied(example_inputs), p, reduction)
         self.model = model
         self.full = copy.deepcopy(model)  # every round's network is unpacked into it and packed from it
         self.say, self.quiet = say or (lambda line: None), quiet
-        self.state = State(state, self._settings())
-        if self.state.holds_a_run() and not resume:
+        self.state = State(state, self._settings() | {"context": context or {}})
+        if sharing.leads() and self.state.holds_a_run() and not resume:
             raise ValueError(f"state: {state} holds a run; resume it, or name another folder")
         self.state.check_writable()
         self.resume = resume
+        self._warn_of_limits(trial)
 
     def run(self):
         """The Result. What `train` and `evaluate` raise passes through; with `state` and `resume` the run goes on."""
         self._take_up()
         with _Bar(self.quiet) as self.bar:
+            if self.state.history and sharing.leads():
+                self.say(f"goes on after round {len(self.state.history) - 1}")
             if not self.state.history:
                 self._start()
             self.current = None
@@ -144,11 +158,14 @@ class AAP:
         return self._result(reason)
 
     def _settings(self):
-        tensors = {name: "x".join(map(str, t.shape)) for name, t in tracing.named_tensors(self.model).items()}
+        tensors = {
+            name: f"{'x'.join(map(str, tensor.shape))} {tensor.dtype}"
+            for name, tensor in tracing.named_tensors(self.model).items()
+        }
         settings = {
             "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
             "tensors": tensors,
-            "pinned sets": hashlib.sha256(self.channels.pinned.numpy().tobytes()).hexdigest()[:16],
+            "pinned sets": _digest({"pinned": self.channels.pinned}),
             "objective": asdict(self.objective),
             "epochs": self.epochs,
             "start_epoch": self.start,
@@ -159,7 +176,7 @@ class AAP:
             "step": self.first,
             "seed": self.seed,
         }
-        return settings | ({"weights": _digest(self.model)} if self.trained else {})
+        return settings | ({"weights": _digest(tracing.named_tensors(self.model))} if self.trained else {})
 
     def _take_up(self):
         """What the state's folder holds, in every process."""
@@ -175,29 +192,31 @@ class AAP:
         begin = time.perf_counter()
         everything = torch.ones(len(self.channels.pinned), dtype=torch.bool)
         state = self.state
-        if self.trained:
+        if "0" in state.networks:
+            tensors = state.networks["0"][1]
+        elif self.trained:
             tensors = tensors_of(self.model)
         elif not self.rewind_weights:
-            tensors = self._train(self.full, 0, 0, self.epochs)
+            tensors = self._train(copy.deepcopy(self.model), 0, 0, self.epochs)
         else:
             if "rewind" not in state.networks:
-                tensors = self._train(self.full, 0, 0, self.start) if self.start else tensors_of(self.full)
+                tensors = self._train(copy.deepcopy(self.model), 0, 0, self.start)
                 state.add("rewind", everything, tensors)
                 state.write()
-            unpack(self.full, self.channels, *state.networks["rewind"])
-            tensors = self._train(self.full, 0, self.start, self.epochs - self.start)
+            early = packed(self.full, self.channels, *state.networks["rewind"])
+            tensors = self._train(early, 0, self.start, self.epochs - self.start)
+        if "0" not in state.networks:
+            state.add(0, everything, tensors)
+            state.write()  # before anything else can go wrong: it is the longest training of all
         accuracy = self._evaluate(packed(self.full, self.channels, everything, tensors), 0)
         seconds = time.perf_counter() - begin
         whole = self.whole
         entry = Round(0, None, 0.0, 0.0, whole.params, whole.flops, whole.filters, accuracy, "start", 0.0, seconds)
-        state.add(0, everything, tensors)
         state.history = (entry,)
         state.write()
-        self._warn_of_limits()
         self._tell(entry)
 
-    def _warn_of_limits(self):
-        scores = self._thresholds(0).scores
+    def _warn_of_limits(self, scores):
         smallest = select(self.channels, scores, threshold=math.inf).achieved
         for name in self.objective.sizes:
             limit, least = self.objective.limit(name, self.whole), getattr(smallest, name)
@@ -205,18 +224,22 @@ class AAP:
                 warnings.warn(
                     f"no network can have {limit:,} {name}: with one channel set left in every layer there are about"
                     f" {least:,}; the run will end with the smallest network it finds",
-                    stacklevel=4,
+                    stacklevel=3,
                 )
 
     def _stop(self):
         """Why the run is over, or None."""
         history, objective = self.state.history, self.objective
         last = history[-1]
-        met = objective.sizes_met(last, history[0]) and last.outcome in ("start", "accepted")
-        if objective.sizes and not objective.minimise and met:
+        met = (
+            last.outcome in ("start", "accepted")
+            and objective.sizes_met(last, history[0])
+            and objective.accuracy_met(last.accuracy, history[0].accuracy)
+        )
+        if met and objective.sizes and not objective.minimise:
             return "all limits are kept"
         if self.rounds is not None and sum(entry.accuracy is not None for entry in history[1:]) >= self.rounds:
-            return f"{self.rounds} rounds were trained"
+            return f"{self.rounds} {'round was' if self.rounds == 1 else 'rounds were'} trained"
         return None
 
     def _round(self):
@@ -248,8 +271,14 @@ class AAP:
         elif not step.land and self._too_far(thresholds, left):
             entry = replace(entry, outcome="rolled back")
         else:
-            tensors, accuracy = self._retrain(entry, origin, selection.keep)
-            accepted = objective.accuracy_met(accuracy, history[0].accuracy)
+            try:
+                small = self._pruned(origin, selection.keep)
+            except PackingError as error:  # sizes written into the forward pass that hold for all larger networks
+                return f"the next network cannot be packed: {error}"
+            tensors = self._train(small, entry.number, self.start, self.epochs - self.start)
+            accuracy = self._evaluate(packed(self.full, self.channels, selection.keep, tensors), entry.number)
+            sound = all(tensor.isfinite().all() for tensor in tensors.values())  # a diverged network leads nowhere
+            accepted = sound and objective.accuracy_met(accuracy, history[0].accuracy)
             outcome = "accepted" if accepted else "rolled back"
             entry = replace(entry, accuracy=accuracy, outcome=outcome, seconds=time.perf_counter() - begin)
             if accepted:
@@ -265,9 +294,12 @@ class AAP:
         """The lowest T above 0 that removes the share STRIDE of the network of round `number`, or all that can go."""
         thresholds, size = self._thresholds(number), self.objective.size
         most = (1 - STRIDE) * size(self.state.history[number], self.whole)
-        steps = thresholds.steps()
-        enough = thresholds.lowest(lambda cost: size(cost, self.whole) <= most) or steps.max(initial=0.0)
-        return float(enough or 1.0)
+        enough = thresholds.lowest(lambda cost: size(cost, self.whole) <= most)
+        positive = thresholds.steps()
+        positive = positive[positive > 0]
+        if enough is None:
+            return float(positive[-1]) if len(positive) else 1.0
+        return enough or (float(positive[0]) if len(positive) else 1.0)
 
     def _too_little(self, before, left, smallest):
         """Whether a round removes too little to be trained; never the last filters that can go."""
@@ -292,42 +324,44 @@ class AAP:
         if getattr(self, "current", None) is None or self.current[0] != number:
             keep, tensors = self.state.networks[str(number)]
             twin = masked(self.full, self.channels, keep, tensors)
-            scores = score(twin, self.channels, self.example_inputs, self.p, self.reduction).cpu()
+            scores = score(twin, self.channels, _copied(self.example_inputs), self.p, self.reduction).cpu()
             scores = sharing.agree(scores)
             self.current = number, Thresholds(self.channels, keep, scores, self.objective.measures)
         return self.current[1]
 
-    def _retrain(self, entry, origin, keep):
-        """The tensors and the accuracy of the packed network after its retraining."""
-        state = self.state
-        unpack(self.full, self.channels, *state.networks["rewind" if self.rewind_weights else str(origin)])
-        small = pack(self.full, self.channels, keep)
-        tensors = self._train(small, entry.number, self.start, self.epochs - self.start)
-        return tensors, self._evaluate(packed(self.full, self.channels, keep, tensors), entry.number)
+    def _pruned(self, origin, keep):
+        """The packed network of a round before its retraining."""
+        unpack(self.full, self.channels, *self.state.networks["rewind" if self.rewind_weights else str(origin)])
+        return pack(self.full, self.channels, keep)
 
     def _train(self, model, number, start_epoch, epochs):
         """Train in place; the tensors afterwards, the same in every process."""
-        shapes = {name: tensor.shape for name, tensor in tracing.named_tensors(model).items()}
+        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tracing.named_tensors(model).items()}
         seed_all(self.seed * 1_000_003 + 2 * number + (start_epoch > 0))
-        self.train(model.train(), epochs, start_epoch)
-        now = {name: tensor.shape for name, tensor in tracing.named_tensors(model).items()}
+        if epochs:
+            self.train(model.train(), epochs, start_epoch)
+        now = {name: (tensor.shape, tensor.dtype) for name, tensor in tracing.named_tensors(model).items()}
         if now != shapes:
             changed = sorted(name for name in shapes.keys() | now.keys() if shapes.get(name) != now.get(name))
-            raise ValueError(f"train changed the network: {', '.join(changed[:3])}; it must keep names and shapes")
+            raise ValueError(
+                f"train changed the network: {', '.join(changed[:3])}; it must keep names, shapes and dtypes"
+            )
         sharing.same_tensors(model)
         return tensors_of(model)
 
     def _evaluate(self, model, number):
+        seed_all(self.seed * 1_000_003 + 2 * number)  # an evaluation may draw too
         with torch.no_grad():
             value = self.evaluate(model.eval())
-        value = sharing.agree(value)
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
+        if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(f"evaluate returned a {type(value).__name__}; it must return a number")
+        number_given = isinstance(value, numbers.Real) and not isinstance(value, bool)
+        value = sharing.agree(float(value) if number_given else type(value).__name__)
+        if isinstance(value, str):
+            raise TypeError(f"evaluate returned a {value}; it must return a number")
         if not math.isfinite(value):
             raise ValueError(f"evaluate returned {value} in round {number}; it must return a finite number")
-        return float(value)
+        return value
 
     def _tell(self, entry):
         self.bar.show(entry, self.whole)
@@ -411,28 +445,43 @@ def seed_all(seed):
     torch.manual_seed(seed)
 
 
-def _first(inputs):
-    """The first example of a batch: a trace keeps all activations, and needs no more."""
+def _first_two(model, inputs):
+    """The first two examples of a batch, or the whole of it where a forward pass does not run on these.
+
+    A trace keeps all activations and needs few of them; but a batch of one can take another path than a larger one.
+    """
     sizes = {tensor.shape[:1] for tensor in tree_leaves(inputs) if isinstance(tensor, torch.Tensor)}
-    if len(sizes) != 1 or not next(iter(sizes)):  # not one batch dimension: traced whole
+    if len(sizes) != 1 or not next(iter(sizes)):  # not one batch dimension
         return inputs
-    return tree_map(lambda leaf: leaf[:1] if isinstance(leaf, torch.Tensor) else leaf, inputs)
+    cut = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, torch.Tensor) else leaf, inputs)
+    args, kwargs = tracing.arguments(_copied(cut))
+    try:
+        with tracing.evaluating(model), torch.no_grad():
+            model(*args, **kwargs)
+    except Exception:
+        return inputs
+    return cut
+
+
+def _copied(inputs):
+    """Inputs that a forward pass may change."""
+    return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, torch.Tensor) else leaf, inputs)
 
 
 def _sizes(cost):
     return cost.params, cost.flops, cost.filters
 
 
-def _digest(model):
-    """A fingerprint of all values of a network."""
+def _digest(tensors):
+    """A fingerprint of the names and values of tensors."""
     digest = hashlib.sha256()
-    for name, tensor in tensors_of(model).items():
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
-def _check(model, train, evaluate, objective, epochs, rewind, p, reduction, step, rounds):
+def _check(model, train, evaluate, objective, epochs, rewind, p, reduction, step, rounds, seed, say):
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     for name, function in (("train", train), ("evaluate", evaluate)):
@@ -450,7 +499,12 @@ def _check(model, train, evaluate, objective, epochs, rewind, p, reduction, step
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction is {reduction!r}; it must be one of {REDUCTIONS}")
     activation_attention(torch.zeros(1, 1), p)  # refuses a bad p before the training
-    if step is not None and not (isinstance(step, numbers.Real) and math.isfinite(step) and step > 0):
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or seed < 0:
+        raise ValueError(f"seed is {seed!r}; it must be an int of at least 0")
+    if say is not None and not callable(say):
+        raise TypeError(f"say is a {type(say).__name__}; it must be a function")
+    real = isinstance(step, numbers.Real) and not isinstance(step, bool)
+    if step is not None and not (real and math.isfinite(step) and step > 0):
         raise ValueError(f"step is {step!r}; it must be a positive number, or None")
 
 

@@ -4,6 +4,8 @@ import math
 import numbers
 from dataclasses import dataclass
 
+import numpy as np
+
 from paamops.selection import absolute
 
 MINIMISE = ("params", "flops", "both")
@@ -15,7 +17,7 @@ class Objective:
 
         Objective(max_accuracy_drop=0.01)                    the fewest parameters within the drop (AAP-P)
         Objective(max_accuracy_drop=0.01, minimise="flops")  the fewest FLOPs within it (AAP-F)
-        Objective(params=0.3)                                the best accuracy with at most 30 % of the parameters
+        Objective(params=0.3)                                at most 30 % of the parameters, and no smaller
         Objective(params=0.2, flops=0.2)                     the same under two limits
         Objective(max_accuracy_drop=0.01, params=0.3)        the limit met within the drop, then no further
         Objective(max_accuracy_drop=0.01, minimise="both")   the least of both within the drop: of the mean share
@@ -37,6 +39,10 @@ class Objective:
     minimise: str | None = None
 
     def __post_init__(self):
+        for name in ("max_accuracy_drop", "params", "flops"):  # NumPy's numbers too: a run's state is JSON
+            value = getattr(self, name)
+            if isinstance(value, np.generic):
+                object.__setattr__(self, name, value.item())
         drop = self.max_accuracy_drop
         if drop is None and self.params is None and self.flops is None:
             raise ValueError("an Objective needs at least one of max_accuracy_drop, params and flops")

@@ -58,11 +58,12 @@ class State:
                 raise TypeError(f"networks are {names}")
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: is damaged ({error})") from error
-        for key in settings | self.settings:
-            if settings.get(key) != self.settings.get(key):
+        theirs, ours = _flat(settings), _flat(self.settings)
+        for key in theirs | ours:
+            if theirs.get(key) != ours.get(key):
                 raise ValueError(
-                    f"{file}: is of another run: its {key} is {_short(settings.get(key))}, here it is"
-                    f" {_short(self.settings.get(key))}"
+                    f"{file}: is of another run: its {key} is {_short(theirs.get(key))}, here it is"
+                    f" {_short(ours.get(key))}"
                 )
         for left_behind in self.path.glob(".*.partial"):  # by a process that was killed while it wrote
             left_behind.unlink()
@@ -101,6 +102,15 @@ class State:
 
     def _file(self, key):
         return self.path / (f"round-{int(key):04d}.safetensors" if key.isdigit() else f"{key}.safetensors")
+
+
+def _flat(settings):
+    """Nested dicts as one: {"objective": {"params": 0.5}} as {"objective params": 0.5}."""
+    flat = {}
+    for key, value in settings.items():
+        inner = _flat(value) if isinstance(value, dict) else {"": value}
+        flat |= {f"{key} {name}".strip(): each for name, each in inner.items()}
+    return flat
 
 
 def _short(value):

@@ -398,11 +398,11 @@ def test_a_result_can_be_pruned_on():
 
 
 def test_rounds():
-    for rounds in (1, 2, 5):
+    for rounds in (1, 2):
         recorder = Recorder()
         result = aap(small(WIDE), train=recorder, trained=True, rounds=rounds).run()
         assert len(recorder.calls) == rounds
-        assert result.message.split("; ")[-1] == f"{rounds} rounds were trained." or rounds == 5
+        assert result.message.endswith(f"; {rounds} {'round was' if rounds == 1 else 'rounds were'} trained.")
 
 
 def test_lines_are_said():
@@ -497,7 +497,7 @@ def test_two_runs_are_equal(objective):
         ({"rewind": 1}, ValueError, "rewind is 1; it must be a share of the epochs, at least 0 and below 1"),
         ({"rewind": -0.1}, ValueError, "rewind is -0.1; it must be a share"),
         ({"rewind": math.nan}, ValueError, "rewind is nan; it must be a share"),
-        ({"rewind": 0.9, "epochs": 4}, ValueError, "rewind is 0.9: of 4 epochs none is left to retrain"),
+        ({"rewind": 0.9, "epochs": 4}, ValueError, "rewind is 0.9 and epochs is 4: none is left to retrain"),
         ({"reduction": "median"}, ValueError, "reduction is 'median'; it must be one of"),
         ({"step": 0}, ValueError, "step is 0; it must be a positive number, or None"),
         ({"step": math.inf}, ValueError, "step is inf; it must be a positive number"),
@@ -591,7 +591,7 @@ def parametrise(model, epochs, start_epoch):
     [(widen, r"3\.bias, 3\.weight"), (add_a_layer, r"9\.bias, 9\.weight"), (parametrise, r"0\.bias")],
 )
 def test_a_training_that_changes_the_network(train, names):
-    with pytest.raises(ValueError, match=f"train changed the network: {names}; it must keep names and shapes"):
+    with pytest.raises(ValueError, match=f"train changed the network: {names}; it must keep names, shapes and dtypes"):
         aap(small(), train=train).run()
 
 
@@ -704,7 +704,7 @@ def test_resume_where_there_is_nothing_starts_afresh(tmp_path):
     [
         ({"seed": 1}, "its seed is 0, here it is 1"),
         ({"epochs": 8}, "its epochs is 4, here it is 8"),
-        ({"objective": Objective(params=0.2)}, "its objective is"),
+        ({"objective": Objective(params=0.2)}, "its objective max_accuracy_drop is 0.3, here it is null"),
         ({"rewind": 0.5}, "its start_epoch is 3, here it is 2"),
         ({"rewind_weights": True}, "its rewind_weights is false, here it is true"),
         ({"trained": True}, "its trained is false, here it is true"),
@@ -712,7 +712,7 @@ def test_resume_where_there_is_nothing_starts_afresh(tmp_path):
         ({"reduction": "max"}, 'its reduction is "mean", here it is "max"'),
         ({"step": 0.5}, "its step is null, here it is 0.5"),
         ({"pinned": ("0",)}, "its pinned"),
-        ({"model": (9, 12)}, "its tensors is"),
+        ({"model": (9, 12)}, "its tensors 0.weight is"),
     ],
 )
 def test_the_state_of_another_run_is_refused(tmp_path, changes, told):

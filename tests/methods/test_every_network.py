@@ -10,8 +10,9 @@ import torch
 import paamops
 from paamops import models
 from paamops.methods.objective import Objective
+from tests.methods.trainers import params_of
 
-SMALL = ("lenet300-100", "lenet5", "resnet20", "vgg16", "shufflenet")
+SMALL = ("lenet300-100", "lenet5", "resnet20")
 LARGE = tuple(name for name in models.NETWORKS if name not in SMALL)
 
 
@@ -20,19 +21,15 @@ def network(name):
     return models.build(name, in_channels=3, num_classes=10).eval()
 
 
-def params(model):
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def run(name, objective, breaks_at=0.0):
     """AAP on an untrained network whose accuracy is 0.9, and 0.5 below the share `breaks_at` of its parameters."""
     model = network(name)
-    whole = params(model)
+    whole = params_of(model)
     return paamops.AAP(
         model,
         torch.randn(4, 3, 32, 32),
         train=lambda model, epochs, start_epoch: None,
-        evaluate=lambda model: 0.9 if params(model) >= breaks_at * whole else 0.5,
+        evaluate=lambda model: 0.9 if params_of(model) >= breaks_at * whole else 0.5,
         objective=objective,
         epochs=4,
         trained=True,
@@ -53,7 +50,7 @@ def check(result):
 def test_ends_close_to_where_the_accuracy_breaks(name):
     result = run(name, Objective(max_accuracy_drop=0.01), breaks_at=0.3)
     check(result)
-    share = params(result.model) / params(result.dense)
+    share = params_of(result.model) / params_of(result.dense)
     assert 0.3 <= share < 0.45, result.message
 
 

@@ -129,8 +129,8 @@ def test_a_later_write_takes_the_place_of_the_earlier(tmp_path):
     [
         ({"seed": 1}, "its seed is 0, here it is 1"),
         ({"epochs": 5}, "its epochs is 4, here it is 5"),
-        ({"objective": {"params": 0.2}}, r'its objective is {"params": 0.3}, here it is {"params": 0.2}'),
-        ({"tensors": {"w": [2, 4]}}, "its tensors is"),
+        ({"objective": {"params": 0.2}}, "its objective params is 0.3, here it is 0.2"),
+        ({"tensors": {"w": [2, 4]}}, r"its tensors w is \[2, 3\]"),
         ({"model": "b.Net"}, 'its model is "a.Net", here it is "b.Net"'),
         ({"weights": "abc"}, 'its weights is null, here it is "abc"'),
     ],
