@@ -13,7 +13,7 @@ import time
 import torch
 
 import paamops
-from paamops import data, models, training
+from paamops import cli, data, models, training
 
 from . import machine
 from .__main__ import RESULTS, save
@@ -100,12 +100,12 @@ def matmul_rate(device, dtype):
 def _parser():
     parser = argparse.ArgumentParser(prog="python -m bench.throughput", description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=models.NETWORKS, default="resnet56")
-    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=cli.positive, default=128)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--precision", choices=DTYPES, default="32-true")
     parser.add_argument("--compiled", action="store_true", help="through torch.compile")
-    parser.add_argument("--steps", type=int, default=50, help="in each window (default: 50)")
-    parser.add_argument("--windows", type=int, default=10, help="timed, after two that are not (default: 10)")
+    parser.add_argument("--steps", type=cli.positive, default=50, help="in each window (default: 50)")
+    parser.add_argument("--windows", type=cli.positive, default=10, help="timed, after two that are not (default: 10)")
     parser.add_argument("--no-save", action="store_true", help="print only, leave bench/results/ as it is")
     return parser
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import paamops
+from paamops.methods import policy
 from paamops.saving import destination, partial_file
 
 # Told apart by those who are colour-blind (Okabe and Ito), and by shape or place as well.
@@ -163,9 +164,10 @@ def asked(result):
         for name in objective.sizes
     ]
     if drop is not None and drop > 0:
-        limits.append(f"at most {points_text(result, drop)} of accuracy lost")
+        limits.append(f"at most {points_text(result, drop)} of accuracy lost on validation images")
     elif drop is not None:
-        limits.append(f"at least {points_text(result, -drop)} of accuracy gained" if drop else "no accuracy lost")
+        gained = f"at least {points_text(result, -drop)} of accuracy gained" if drop else "no accuracy lost"
+        limits.append(f"{gained} on validation images")
     return f"{goal} with {' and '.join(limits)}"
 
 
@@ -305,8 +307,11 @@ def draw_rounds(axis, result, values, limit):
     """The rounds that have a value, in the shape of their outcome; the limit; the chosen round."""
     size = marker_size(len(result.history))
     for each in result.history:
-        if each.origin in values and each.number in values:
-            axis.plot([each.origin, each.number], [values[each.origin], values[each.number]], "-", color=LIGHT, lw=1)
+        if each.origin is None:
+            continue
+        origin = policy.trained(result.history, each.origin)  # a skipped round has no network of its own
+        if origin in values and each.number in values:
+            axis.plot([origin, each.number], [values[origin], values[each.number]], "-", color=LIGHT, lw=1)
     for outcome, (marker, colour) in OUTCOMES.items():
         numbers = [each.number for each in result.history if each.outcome == outcome and each.number in values]
         if numbers:

@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -177,7 +180,10 @@ def test_an_error_is_one_line(capsys, tmp_path, monkeypatch, arguments, message)
         (["prune", "--method", "aap", "--report", "a", "--no-report"], "not allowed with --no-report"),
         (["prune", "--method", "aap", "--max-accuracy-drop", "nan"], "--max-accuracy-drop: 'nan' must be -100 to 100"),
         (["prune", "--method", "aap", "--max-accuracy-drop", "few"], "--max-accuracy-drop: 'few' is not a number"),
-        (["prune", "--method", "aap", "--rewind", "1.0"], "--rewind: '1.0' must be 0 to 1"),
+        (["prune", "--method", "aap", "--rewind", "1.0"], "--rewind: '1.0' must be at least 0 and below 1"),
+        (["prune", "--method", "aap", "--rewind", "-0.1"], "--rewind: '-0.1' must be at least 0 and below 1"),
+        (["prune", "--method", "aap", "--trained"], "--trained: needs --model package.module:function"),
+        (["prune", "--method", "aap", "--trained", "--model", "vgg16"], "--trained: needs --model package.module:f"),
         (["prune", "--method", "paam"], "--method: invalid choice: 'paam'"),
         (["prune", "--params", "half"], "--params: 'half' is neither a fraction"),
         (["prune", "--params", "1.5"], "--params: '1.5' is neither a fraction"),
@@ -201,8 +207,128 @@ def test_usage_errors(capsys, arguments, message):
     error = capsys.readouterr().err
     assert error.startswith("paamops: ")
     assert message in error
-    assert "; see python -m paamops" in error
+    prune = " prune" if arguments[:1] == ["prune"] else " explain" if arguments[:1] == ["explain"] else ""
+    assert error.endswith(f"; see python -m paamops{prune} --help\n")
     assert error.count("\n") == 1
+
+
+AAP = ["prune", "--method", "aap", "--model", "lenet5", "--device", "cpu"]
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """AAP without its rounds: what it was given, and what it says and returns."""
+    seen = types.SimpleNamespace(met=True, message="Half is gone. The objective\nis met.", warning=None)
+
+    def prune_to_target(model, dataset, fabric, plan, objective, say, quiet, **settings):
+        seen.plan, seen.objective, seen.settings = plan, objective, settings
+        if seen.warning:
+            warnings.warn(seen.warning, stacklevel=1)
+        say("round 1")
+        return types.SimpleNamespace(
+            dense=model,
+            model=model,
+            met=seen.met,
+            message=seen.message,
+            report=lambda path, rows, command: Path(path).write_text(command),
+        )
+
+    monkeypatch.setattr(pruning, "prune_to_target", prune_to_target)
+    monkeypatch.setattr(pruning, "report", lambda *_: [("test accuracy", "99.00 %", "98.00 %", "-1.00 points")])
+    return seen
+
+
+@pytest.mark.parametrize("more", [[], ["--quiet"]])
+@pytest.mark.parametrize("met", [True, False])
+def test_a_target_that_is_not_met(capsys, tmp_path, rounds, met, more):
+    rounds.met = met
+    assert cli.main([*AAP, *more]) == (0 if met else 3)
+    said = capsys.readouterr()
+    assert said.err == ("" if met else "paamops: Half is gone. The objective is met.\n")
+    assert said.out.count("Half is gone.") == (met and not more)
+    saving.load(tmp_path / "runs" / "lenet5-digits.safetensors")
+    assert (tmp_path / "runs" / "lenet5-digits.html").is_file()
+    assert "test accuracy" in said.out
+
+
+def test_all_processes_end_with_the_same_code_and_one_says_why(capsys, monkeypatch, rounds):
+    rounds.met = False
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli.main(AAP) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_kept_back_on_the_digits(capsys, rounds):
+    told = "rounds may lose {} of the {} points on the 315 validation images; the other half is kept back"
+    for words, lose, asked in (([], 0.5, 1.0), (["--max-accuracy-drop", "3", "--params", "0.5"], 1.5, 3.0)):
+        assert cli.main([*AAP, *words]) == 0
+        out = capsys.readouterr().out
+        assert out.index(told.format(lose, asked)) < out.index("round 1")
+        assert rounds.objective.max_accuracy_drop == pytest.approx(lose / 100)
+    without = ((["--max-accuracy-drop", "0"], 0), (["--max-accuracy-drop", "-2"], -0.02), (["--flops", "9"], None))
+    for words, drop in without:
+        assert cli.main([*AAP, *words]) == 0
+        assert "rounds may lose" not in capsys.readouterr().out
+        assert rounds.objective.max_accuracy_drop == drop
+
+
+def test_defaults_of_aap_on_the_digits(rounds):
+    assert cli.main(AAP) == 0
+    assert (rounds.plan.epochs, rounds.plan.batch_size, rounds.settings["rewind"]) == (20, 32, 0.4)
+    assert cli.main([*AAP, "--batch-size", "50", "--epochs", "5", "--rewind", "0.2"]) == 0
+    assert (rounds.plan.epochs, rounds.plan.batch_size, rounds.settings["rewind"]) == (5, 50, 0.2)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--out", "q.html"],
+        ["--out", "a", "--report", "./b/../a"],
+        ["--out", "link", "--report", "model"],
+        ["--report", "runs/lenet5-digits.safetensors"],
+    ],
+)
+def test_the_report_does_not_overwrite_the_model(capsys, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(data, "load", lambda *_: pytest.fail("worked before it refused"))
+    (tmp_path / "link").symlink_to("model")
+    assert cli.main([*AAP, *words]) == 1
+    error = capsys.readouterr().err
+    assert "is the report's file too" in error
+    assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_a_model_named_html_without_a_report(tmp_path, rounds):
+    assert cli.main([*AAP, "--out", "q.html", "--no-report"]) == 0
+    saving.load(tmp_path / "q.html")
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_are_one_line(capsys, monkeypatch, rounds):
+    usual = warnings.showwarning
+    rounds.warning = "no network can\nhave so few params"
+    monkeypatch.setattr(cli, "__file__", __file__)  # so that this file is one of paamops'
+    assert cli.main([*AAP, "--no-report"]) == 0
+    assert capsys.readouterr().err == "paamops: no network can have so few params\n"
+    assert warnings.showwarning is usual
+
+
+@pytest.mark.filterwarnings("default")
+def test_warnings_of_others_are_left_alone(capsys):
+    with pytest.warns(UserWarning, match="mine"), cli.warnings_in_one_line():
+        warnings.warn("mine", stacklevel=1)
+    assert capsys.readouterr().err == ""
+
+
+def test_stdout_that_nobody_reads(capsys, tmp_path, monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert cli.main([*TINY, "--epochs", "0", "--finetune-epochs", "0"]) == 0
+        closed.flush()  # as at the end of the process
+    assert capsys.readouterr().err == ""
+    saving.load(tmp_path / "runs" / "lenet5-digits.safetensors")
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["explain", "--help"], ["info", "--help"]])
@@ -310,6 +436,17 @@ def test_ctrl_c(capsys, tmp_path, monkeypatch):
     assert cli.main(TINY) == 130
     assert capsys.readouterr().err == "paamops: interrupted\n"
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_ctrl_c_of_a_run_that_is_kept(capsys, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruning, "prune_to_target", interrupt)
+    assert cli.main([*AAP, "--state", "kept"]) == 130
+    assert capsys.readouterr().err == "paamops: interrupted; the same command with --resume goes on\n"
+    assert cli.main(AAP) == 130
+    assert capsys.readouterr().err == "paamops: interrupted\n"
 
 
 def test_ctrl_c_while_the_arguments_are_read(capsys, monkeypatch):

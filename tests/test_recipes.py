@@ -52,7 +52,7 @@ def test_the_command_line_takes_each_recipe(name, folder):
     recipe = RECIPES[name]
     parsed = runner._parser().parse_args([name, "--data-root", "d"])
     args = cli.parser().parse_args(runner.command(name, recipe, parsed, ["--compiled"]))
-    cli.check_method(cli.parser(), args)
+    cli.check_method(args)
     assert (args.method, args.model, args.data, args.minimise) == ("aap", recipe.model, "cifar10", recipe.minimise)
     assert args.max_accuracy_drop == pytest.approx(recipe.drop / 100)
     assert args.resume
@@ -72,6 +72,7 @@ def test_a_finished_recipe_is_compared_with_the_paper(folder, monkeypatch, capsy
     assert stored["before"] == {"accuracy": 93.0, "params": 850000, "mflops": 251.0}
     assert stored["reached"] == {"accuracy_drop": 0.5, "params_removed": 75.0, "flops_removed": 60.0}
     assert stored["paper"]["reached"] == {"accuracy_drop": -0.33, "params_removed": 79.11, "flops_removed": 56.97}
+    assert stored["met"] is True
     assert stored["difference"] == {
         "accuracy": 0.16,
         "accuracy_drop": 0.83,
@@ -81,11 +82,36 @@ def test_a_finished_recipe_is_compared_with_the_paper(folder, monkeypatch, capsy
     assert "accuracy drop, points         0.50     -0.33       +0.83" in capsys.readouterr().out
 
 
-def test_a_changed_recipe_does_not_pass_for_the_recipe(folder, monkeypatch):
+@pytest.mark.parametrize("words", [["--rounds=1"], ["--precision", "bf16-mixed"]])
+def test_a_changed_recipe_does_not_pass_for_the_recipe(folder, monkeypatch, words):
     pretend(monkeypatch, 0, TABLE)
-    assert runner.main(options(folder, "--rounds=1")) == 0
+    assert runner.main(options(folder, *words)) == 0
     assert not (folder / "results").exists()
     assert (folder / "runs" / "resnet56-aap-p-0" / "recipe-resnet56-aap-p-0.json").exists()
+
+
+def test_a_target_that_was_not_met_is_a_result(folder, monkeypatch):
+    pretend(monkeypatch, cli.NOT_MET, TABLE)
+    assert runner.main(options(folder)) == 0
+    stored = json.loads((folder / "results" / "recipe-resnet56-aap-p-0.json").read_text())
+    assert stored["met"] is False
+
+
+@pytest.mark.parametrize("held", [b"", b"12,5", b"nan", b"-3", b"inf", b"\xff\xfe"])
+def test_bad_seconds_count_as_none(folder, held):
+    (folder / "seconds.txt").write_bytes(held)
+    assert runner.spend(folder, 2.5) == 2.5
+    assert runner.spend(folder, 1) == 3.5
+    assert [path.name for path in folder.iterdir()] == ["seconds.txt"]
+
+
+def test_seconds_are_written_whole_or_not_at_all(folder, monkeypatch):
+    runner.spend(folder, 2.5)
+    monkeypatch.setattr(type(folder), "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        runner.spend(folder, 1)
+    monkeypatch.undo()
+    assert runner.spend(folder, 0) == 2.5
 
 
 def test_a_recipe_without_figures_in_the_paper(folder, monkeypatch, capsys):
@@ -160,12 +186,12 @@ def test_a_run_is_stopped(folder, monkeypatch, deaf):
     script.write_text(
         textwrap.dedent(
             f"""
-            import pathlib, signal, subprocess, sys, time
+            import signal, subprocess, sys, time
             if {deaf}:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
-            child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+            up = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
             try:
-                pathlib.Path({str(folder / "ready")!r}).touch()
+                child = subprocess.Popen([sys.executable, "-c", up, {str(folder / "ready")!r}])
                 time.sleep(60)
             except KeyboardInterrupt:
                 print("stopped", flush=True)
@@ -179,5 +205,5 @@ def test_a_run_is_stopped(folder, monkeypatch, deaf):
     finally:
         signal.signal(signal.SIGINT, before)
     assert code is None
-    assert ("stopped\n" in lines) is not deaf
+    assert ("stopped" in "".join(lines)) is not deaf
     assert threading.active_count() == threads  # its output has ended: nothing that could write to it is left

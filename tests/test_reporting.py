@@ -124,8 +124,8 @@ def test_all_of_it_is_there():
     assert left.params < whole.params
     for wanted in (
         "Automatic attention pruning of resnet20",
-        "Asked for: the fewest parameters with at most 1.00 points of accuracy lost.",
-        f"Met. {result.message}",
+        "Asked for: the fewest parameters with at most 1.00 points of accuracy lost on validation images.",
+        result.message,
         f"{whole.params:,} {left.params:,} {100 * (left.params - whole.params) / whole.params:+.1f} %",
         "92.84 % 92.50 % -0.34 points",
         f"filters {whole.filters} {left.filters}",
@@ -217,8 +217,9 @@ def test_lines_of_the_table_have_four_entries():
 def test_a_run_without_an_accepted_round():
     result = small_result(outcomes=("skipped", "rolled back"), objective=Objective(max_accuracy_drop=-0.005))
     read = Reader(page(result))
-    assert "with at least 0.50 points of accuracy gained" in read.text
-    assert "Not met." in read.text
+    assert "with at least 0.50 points of accuracy gained on validation images" in read.text
+    assert ("class", "verdict missed") in read.attributes
+    assert "objective not met" in read.text  # in the title; beside the message it would be said twice
     params = f"{result.channels.cost().params:,}"
     assert f"parameters {params} {params} +0.0 %" in read.text
     assert "0 – 0 0.01" in read.text
@@ -233,10 +234,13 @@ def test_a_run_without_an_accepted_round():
             Objective(params=0.5, flops=0.25),
             "the best accuracy with at most 50.0 % of the parameters and at most 25.0 % of the FLOPs.",
         ),
-        (Objective(max_accuracy_drop=0, minimise="both"), "the fewest parameters and FLOPs with no accuracy lost."),
+        (
+            Objective(max_accuracy_drop=0, minimise="both"),
+            "the fewest parameters and FLOPs with no accuracy lost on validation images.",
+        ),
         (
             Objective(max_accuracy_drop=0.01, flops=0.5),
-            "a network with at most 50.0 % of the FLOPs and at most 1.00 points of accuracy lost.",
+            "a network with at most 50.0 % of the FLOPs and at most 1.00 points of accuracy lost on validation images.",
         ),
     ],
 )
@@ -269,6 +273,17 @@ def test_history_tells_the_rounds_apart():
     # The round that lost 18 points stands at the top, with its number.
     assert lines_of(lost, "rolled back")[0].get_ydata()[0] < 5
     assert [text.get_text() for text in lost.texts] == ["↑ 17.8"]
+
+
+def test_a_round_after_a_skipped_one_is_joined_to_the_network_it_was_pruned_from():
+    result = small_result()
+    outcomes = [(each.number, each.outcome) for each in result.history]
+    assert outcomes[1:] == [(1, "accepted"), (2, "rolled back"), (3, "skipped"), (4, "accepted")]
+    history = (*result.history[:4], Round(**vars(result.history[4]) | {"origin": 3}))
+    for axis in Result(**vars(result) | {"history": history}).plot_history().axes:
+        joined = [list(line.get_xdata()) for line in axis.get_lines() if line.get_color() == reporting.LIGHT]
+        assert [1, 4] in joined
+        assert [3, 4] not in joined
 
 
 @pytest.mark.parametrize("accuracy", [None, math.nan, math.inf])

@@ -43,6 +43,14 @@ def test_matmul_rate():
     assert 1e8 < throughput.matmul_rate(torch.device("cpu"), torch.float32) < 1e14
 
 
+@pytest.mark.parametrize("option", ["--windows", "--steps", "--batch-size"])
+def test_nothing_cannot_be_timed(capsys, option):
+    with pytest.raises(SystemExit) as stop:
+        throughput.main([option, "0"])
+    assert stop.value.code == 2
+    assert f"{option}: '0' must be at least 1" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")
 def test_no_gpu(capsys):
     assert throughput.main(["--device", "cuda"]) == 2

@@ -15,6 +15,7 @@ from bench import machine
 from bench.ablations import pruning, stability
 from bench.ablations.tables import table
 from bench.ablations.workshop import SCALES, Workshop
+from paamops import cli
 
 NAMES = {
     "mapping": pruning.mapping,
@@ -95,8 +96,8 @@ def _parser():
     parser.add_argument("names", nargs="+", metavar="NAME", choices=(*NAMES, "all"), help=", ".join((*NAMES, "all")))
     parser.add_argument("--data", choices=tuple(SCALES), default="fashion-mnist")
     parser.add_argument("--data-root", default="data", help="where the images are (digits need none)")
-    parser.add_argument("--seeds", type=int, help="dense networks to start from (default: the data set's)")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--seeds", type=cli.positive, help="dense networks to start from (default: the data set's)")
+    parser.add_argument("--threads", type=cli.positive, help="CPU threads (default: torch's)")
     parser.add_argument("--out", default=RESULTS, help="folder for the results (default: bench/results)")
     return parser
 

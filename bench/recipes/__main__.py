@@ -2,14 +2,15 @@
 
 It runs `python -m paamops prune` with the paper's settings, stops it after the given minutes, and says how far it is.
 The exit code is 3 until the recipe is done, then 0; 1 if it failed. Done, it writes bench/results/recipe-NAME.json.
-Options that it does not know, such as --compiled, go to the command; with one that changes what is computed the result
-is no longer the recipe's and stays in the folder of the run.
+Options that it does not know, such as --compiled, go to the command; with one that changes what is computed, or another
+--precision than the paper's, the result is no longer the recipe's and stays in the folder of the run.
 """
 
 import argparse
 import contextlib
 import datetime
 import json
+import math
 import os
 import re
 import shlex
@@ -20,13 +21,14 @@ import threading
 import time
 from pathlib import Path
 
-from paamops import checkpoint
+from paamops import checkpoint, cli
 
 from .. import machine
 from ..__main__ import RESULTS
 from . import RECIPES
 
 UNFINISHED = 3  # the exit code
+PRECISION = "32-true"  # the paper's
 PATIENCE = 30  # seconds that the command has to stop by itself
 SAME = ("--compiled", "--processes", "--debug")  # options with which a recipe is still that recipe
 
@@ -44,13 +46,15 @@ def main(arguments=None):
         print(f"{options.recipe}: not finished; {progress(state)}. The same command goes on.")
         return UNFINISHED
     rows = table(lines)
-    if code != 0 or not {"test accuracy", "parameters", "FLOPs an image"} <= rows.keys():
+    if code not in (0, cli.NOT_MET) or not {"test accuracy", "parameters", "FLOPs an image"} <= rows.keys():
         print(f"{options.recipe}: the command failed with exit code {code}; see {state / 'log.txt'}", file=sys.stderr)
         return 1
-    changed = any(word.startswith("--") and word.split("=")[0] not in SAME for word in extra)
+    changed = options.precision != PRECISION or any(
+        word.startswith("--") and word.split("=")[0] not in SAME for word in extra
+    )
     path = (state if changed else RESULTS) / f"recipe-{options.recipe}.json"
     result = compare(recipe, rows) | {"recipe": options.recipe, "command": f"python -m paamops {shlex.join(words)}"}
-    result |= {"seconds": round(spend(state, 0)), "date": datetime.date.today().isoformat()}
+    result |= {"met": code == 0, "seconds": round(spend(state, 0)), "date": datetime.date.today().isoformat()}
     trained = sum(entry["accuracy"] is not None for entry in history(state)[1:])
     result |= {"rounds_trained": trained, "machine": machine.facts(options.device)}
     write(path, result)
@@ -147,10 +151,16 @@ def history(state):
 
 
 def spend(state, seconds):
-    """The seconds that all calls for this folder took together, `seconds` more than before."""
-    path = state / "seconds.txt"
-    total = (float(path.read_text()) if path.exists() else 0.0) + seconds
-    path.write_text(f"{total:.1f}\n")
+    """The seconds that all calls for this folder took together, `seconds` more than before.
+
+    What is not there or is no such number counts as 0: it is not worth a run.
+    """
+    path, total = state / "seconds.txt", 0.0
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        stored = float(path.read_text())
+        total = stored if math.isfinite(stored) and stored >= 0 else 0.0
+    total += seconds
+    replace(path, f"{total:.1f}\n")
     return total
 
 
@@ -195,10 +205,14 @@ def told(result):
 
 
 def write(path, result):
-    """The file is written whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+
+
+def replace(path, text):
+    """The file is written whole or not at all."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    temporary.write_text(text)
     temporary.replace(path)
 
 
@@ -210,7 +224,7 @@ def _parser():
     parser.add_argument("--data-root", required=True, metavar="DIR", help="where cifar-10-batches-bin is")
     parser.add_argument("--minutes", type=float, default=55, help="stop after so many (default: 55)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--precision", choices=("32-true", "16-mixed", "bf16-mixed"), default="32-true")
+    parser.add_argument("--precision", choices=(PRECISION, "16-mixed", "bf16-mixed"), default=PRECISION)
     parser.add_argument("--runs", default="runs", metavar="DIR", help="where the run is kept (default: runs)")
     return parser
 
