@@ -31,6 +31,10 @@ def main(seeds=3):
         print(f"seed {seed}, {seconds:.0f} s\n{done.stdout}")
         rows = [re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines()[1:]]
         stored["seeds"][str(seed)] = {"seconds": round(seconds), "rows": rows}
+        write(stored)  # each as it comes
+
+
+def write(stored):
     path = RESULTS / f"main-job-{machine.name('cpu')}.json"
     path.parent.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")

@@ -4,6 +4,9 @@ channels = paamops.trace(model, example_inputs)          what can be removed, wi
 scores   = paamops.score(model, channels, inputs)        one number per filter
 keep     = paamops.select(channels, scores, params=0.5)  which channel sets stay, under a budget
 small    = paamops.pack(model, channels, keep)           a smaller dense network
+
+paamops.AAP(model, inputs, train=…, evaluate=…, objective=paamops.Objective(…), epochs=…).run()
+                                                         the same in rounds, to a target, by itself
 """
 
 from paamops import data, models

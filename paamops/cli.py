@@ -11,6 +11,7 @@ import shlex
 import signal
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from paamops import __version__, data, models, saving
@@ -41,6 +42,7 @@ NOT_MET = 3  # the exit code
 # The digits are few and easy: fewer epochs and images a step than the papers' schedules have.
 DIGITS = {"epochs": 12, "finetune_epochs": 8, "batch_size": 64}
 DIGITS_AAP = {"epochs": 20, "rewind": 0.4, "batch_size": 32}
+DIGITS_RATE = 0.5  # times the schedule's learning rate, as the batches are a fraction of the papers'
 # The 315 validation digits tell an accuracy to about half a point, and the smallest of many networks that pass is one
 # that was lucky with them: half of the drop that is allowed is kept back, so that it is likelier to hold for other
 # images too.
@@ -462,6 +464,7 @@ def make_plan(args, name):
     if args.method == "aap":
         if args.data == "digits":
             defaults |= {key: DIGITS_AAP[key] for key in ("epochs", "batch_size")}
+            schedule = replace(schedule, rate=DIGITS_RATE * schedule.rate)
     elif args.weights:
         defaults |= {"epochs": 0}
     chosen = {key: default if getattr(args, key) is None else getattr(args, key) for key, default in defaults.items()}
