@@ -48,7 +48,7 @@ def test_digits():
     assert digits.shape == (1, 32, 32)
     assert (digits.shape, digits.num_classes) == data.describe("digits")
     assert len(digits.train) + len(digits.validation) + len(digits.test) == 1797
-    for split, share in ((digits.test, 0.3), (digits.validation, 0.07), (digits.train, 0.63)):
+    for split, share in ((digits.test, 0.3), (digits.validation, 0.175), (digits.train, 0.525)):
         assert torch.bincount(split.labels).div(179.7).sub(share).abs().max() < 0.02
     images = digits.normalise(digits.train.images)
     assert images.mean().abs() < 1e-4
