@@ -75,10 +75,10 @@ class AAP:
         say: is given one line a round.
         quiet: no progress bar.
 
-    A round that is skipped is not trained and counts as one without change. A round that goes
-    beyond the limits on size by more than 0.1 % (Algorithms 3 and 4) is known before it is trained and rolled back at
-    once. Under several processes of `torch.distributed` all call `run`; scores, accuracies and weights are the first
-    one's.
+    A round that is skipped is not trained and counts as one without change. A round that goes beyond the limits on size
+    by more than 0.1 % (Algorithms 3 and 4), or removes what was rolled back before, is known before it is trained and
+    rolled back at once. Under several processes of `torch.distributed` all call `run`; scores, accuracies and weights
+    are the first one's.
 
     TypeError, ValueError: an argument is not what it must be; the model has nothing to prune; `state` holds a run and
     `resume` is not set, or one of another model or other settings.
@@ -141,6 +141,7 @@ class AAP:
             raise ValueError(f"state: {state} holds a run; resume it, or name another folder")
         self.state.check_writable()
         self.resume = resume
+        self.current = None  # (number, Thresholds) of the network scored last
         self._warn_of_limits(trial)
 
     def run(self):
@@ -151,7 +152,6 @@ class AAP:
                 self.say(f"goes on after round {len(self.state.history) - 1}")
             if not self.state.history:
                 self._start()
-            self.current = None
             reason = None
             while reason is None:
                 reason = self._stop() or self._round()
@@ -268,7 +268,7 @@ class AAP:
         entry = Round(len(history), step.origin, threshold, step.step, *_sizes(left), None, "skipped", threshold)
         if not step.land and self._too_little(before, left, smallest):
             entry = replace(entry, params=before.params, flops=before.flops, filters=before.filters)
-        elif not step.land and self._too_far(thresholds, left):
+        elif self._failed_before(origin, entry) or (not step.land and self._too_far(thresholds, left)):
             entry = replace(entry, outcome="rolled back")
         else:
             try:
@@ -311,6 +311,13 @@ class AAP:
         size, least = self.objective.size, STRIDE if searching else LEAST
         return size(left, self.whole) > (1 - least) * size(before, self.whole)
 
+    def _failed_before(self, origin, entry):
+        """Whether the same filters of the same network were removed in a round that was rolled back."""
+        history = self.state.history
+        rounds = [each for each in history if each.outcome == "rolled back" and each.accuracy is not None]
+        tried = [_sizes(each) for each in rounds if policy.trained(history, each.origin) == origin]
+        return _sizes(entry) in tried  # one network's thresholds remove more and more: equal sizes are equal filters
+
     def _too_far(self, thresholds, left):
         """Whether all limits on size, and nothing else, are to be met, and a network is well beyond them."""
         objective, whole = self.objective, self.whole
@@ -321,7 +328,7 @@ class AAP:
 
     def _thresholds(self, number):
         """The Thresholds of the network of round `number`, scored once for all rounds that start from it."""
-        if getattr(self, "current", None) is None or self.current[0] != number:
+        if self.current is None or self.current[0] != number:
             keep, tensors = self.state.networks[str(number)]
             twin = masked(self.full, self.channels, keep, tensors)
             scores = score(twin, self.channels, _copied(self.example_inputs), self.p, self.reduction).cpu()
@@ -379,9 +386,9 @@ class AAP:
         scores = torch.where(keep[channels.sets], after.scores, math.nan).float()
         before = self._thresholds(0)
         used = next((entry.threshold for entry in history if entry.outcome == "accepted"), 0.0)
-        small = packed(self.full, channels, keep, tensors).train(self.model.training)
+        small = packed(self.full, channels, keep, tensors)
         everything, tensors = state.networks["0"]
-        dense = packed(self.full, channels, everything, tensors).train(self.model.training)
+        dense = packed(self.full, channels, everything, tensors)
         return Result(
             model=small.eval(),
             dense=dense.eval(),

@@ -36,12 +36,16 @@ def next_step(history, objective, first):
       remove most of it.
     - Several is 3; the change is measured against the unpruned network, over the last acceptable rounds, whatever was
       rolled back in between.
-    - Until the first roll-back nothing shows that the search is near its target: a skipped round then doubles λ (T
-      stands in the units of the scores, and only scores tell what is a large step), and the size's standing still is no
-      reason to end.
-    - After it an accepted round doubles λ, up to that of the first round that was rolled back. The paper keeps λ, so
-      that one unlucky training early on makes all later steps small; the search still ends, where several steps from
-      one round all fail.
+    - While no higher T has been tried on a network, nothing shows that the search is near its target: a skipped round
+      then doubles λ (T stands in the units of the scores, and only scores tell what is a large step), and the size's
+      standing still is no reason to end. Once one has been, a skipped round goes at most half of the way to it.
+    - Rounds that are skipped leave the same network, so roll-backs are counted by network. A smaller λ can remove the
+      same filters again, which is not trained again: a network has been used several times when several networks came
+      of it, or twice as many rounds. The search then goes further back, and λ[r] is the step of the last round pruned
+      from there: the small last one says nothing about another network. It ends when several networks are used up.
+    - After the first roll-back an accepted round doubles λ, up to that of the first round that was rolled back. The
+      paper keeps λ, so that one unlucky training early on makes all later steps small; the search still ends, where
+      several steps from one round all fail.
     - Where limits on size are to be met and no more, the end of the search is a round that lands on them exactly: a
       size is known before training, so the halvings of λ need not come close.
 
@@ -59,8 +63,9 @@ def next_step(history, objective, first):
         return _landing(history, objective, last.number)
     failed = next((each for each in history if each.outcome == "rolled back"), None)
     step = last.step or first
-    if failed is None and last.outcome == "skipped" and last.threshold > 0:
-        step *= 2
+    if last.outcome == "skipped" and last.threshold > 0:
+        beyond = _beyond(history, last)
+        step = 2 * step if beyond is None else min(step, (beyond - last.threshold) / 2)
     elif failed is not None and last.outcome == "accepted":
         step = max(step, min(2 * step, failed.step))
     return Step(last.number, last.base + step, step)
@@ -68,32 +73,47 @@ def next_step(history, objective, first):
 
 def _after_roll_back(history, objective, first):
     """Lines 17 to 24 of Algorithm 2."""
-    marked = False
+    spent = set()
     for candidate in reversed(history):
-        if candidate.outcome == "rolled back":
+        network = trained(history, candidate.number)
+        if candidate.outcome == "rolled back" or network in spent:
             continue
-        count = rolled_back_to(history, candidate.number)
-        if count < SEVERAL:
-            step = (history[-1].step or first) / 2 ** (count + 1)
+        count, networks = rolled_back_to(history, network)
+        if networks < SEVERAL and count < 2 * SEVERAL:
+            step = (_pruned_from(history, network)[-1].step or first) / 2 ** (count + 1)
             return Step(candidate.number, candidate.base + step, step)
-        if not marked:  # the nearest to the target: what its small steps miss, a landing meets
-            marked = True
+        if not spent:  # the nearest to the target: what its small steps miss, a landing meets
             landing = _landing(history, objective, candidate.number)
             if landing:
                 return landing
+        spent.add(network)
+        if len(spent) == SEVERAL:
+            break
     return None
 
 
-def rolled_back_to(history, number):
-    """How often the search went back to the round `number`: the rounds that start from it and follow a rejected one."""
+def rolled_back_to(history, network):
+    """How many rounds start from a network and follow a rejected one, and how many networks came of them."""
     pairs = itertools.pairwise(history)
-    return sum(after.origin == number and before.outcome == "rolled back" for before, after in pairs)
+    after = [b for a, b in pairs if a.outcome == "rolled back" and trained(history, b.origin) == network]
+    return len(after), len({(each.params, each.flops, each.filters) for each in after})
+
+
+def _beyond(history, entry):
+    """The lowest T above a skipped round's at which its network was pruned, whatever came of it, or None."""
+    tried = [each.threshold for each in _pruned_from(history, trained(history, entry.number))]
+    return min((threshold for threshold in tried if threshold > entry.threshold), default=None)
+
+
+def _pruned_from(history, network):
+    """The rounds that pruned the network of a trained round, but for the skipped ones."""
+    return [each for each in history[1:] if each.outcome != "skipped" and trained(history, each.origin) == network]
 
 
 def _converged(history, objective):
     """Whether the size changed by no more than the tolerance in the last several acceptable rounds."""
     seen = [each.number for each in history if each.outcome == "rolled back"]
-    if not seen:
+    if not seen or (history[-1].outcome == "skipped" and _beyond(history, history[-1]) is None):
         return False
     recent = [each for each in history[seen[0] :] if each.outcome in ("accepted", "skipped")][-SEVERAL:]
     changes = [_size(history[each.origin], history, objective) - _size(each, history, objective) for each in recent]
@@ -102,11 +122,11 @@ def _converged(history, objective):
 
 def _landing(history, objective, origin):
     """A Step from `origin` onto the limits on size, where a step went too far for them and this was not tried yet."""
-    overshot = any(each.outcome == "rolled back" and each.accuracy is None for each in history)
-    if not overshot:
+    start = history[0]
+    overshot = (each for each in history if each.outcome == "rolled back" and each.accuracy is None)
+    if not objective.sizes or not any(objective.sizes_met(each, start) for each in overshot):
         return None
     origin = trained(history, origin)
-    start = history[0]
     tried = any(
         trained(history, each.origin) == origin and each.accuracy is not None and objective.sizes_met(each, start)
         for each in history[1:]

@@ -10,6 +10,7 @@ import torch
 import paamops
 from paamops import models
 from paamops.methods.objective import Objective
+from paamops.methods.policy import trained
 from tests.methods.trainers import params_of
 
 SMALL = ("lenet300-100", "lenet5", "resnet20")
@@ -43,6 +44,8 @@ def check(result):
     for entry in taught:
         origin = result.history[entry.origin]
         assert entry.filters < origin.filters  # none was trained for nothing
+    networks = [(trained(result.history, entry.origin), entry.filters) for entry in taught]
+    assert len(set(networks)) == len(networks)  # and none twice
     assert result.met, result.message
 
 

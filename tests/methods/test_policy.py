@@ -2,7 +2,7 @@
 
 A line of a table is one round: what the policy must ask for (the round pruned from, T, λ), then what came of it (the
 parameters left of 1,000, the outcome). Accuracy is what the outcome says: "a" accepted, "r" rolled back after training,
-"o" rolled back untrained because it went too far beyond a limit on size, "s" skipped.
+"o" rolled back untrained because it went too far beyond a limit on size or was tried before, "s" skipped.
 """
 
 from dataclasses import replace
@@ -58,27 +58,25 @@ def test_algorithm_2_marks_a_round_that_was_used_several_times_and_goes_further_
         (2, 0.64 + 0.32, 0.32, 500, "r"),  # C = 0
         (2, 0.64 + 0.08, 0.08, 550, "r"),  # C = 1
         (2, 0.64 + 0.01, 0.01, 600, "r"),  # C = 2; k = 2 was used three times: marked
-        (1, 0.005, 0.005, 790, "a"),  # k = 1, C = 0
-        (7, 0.015, 0.01, 600, "r"),
-        (7, 0.005 + 0.005, 0.005, 600, "r"),
-        (7, 0.005 + 0.00125, 0.00125, 600, "r"),
-        (7, 0.005 + 0.00015625, 0.00015625, 600, "r"),  # k = 7 marked as well; 2 is marked, so 1, for which C = 1 now
+        (1, 0.32, 0.32, 790, "a"),  # k = 1, C = 0: half the step from 1 to 2
+        (7, 0.96, 0.64, 600, "r"),
+        (7, 0.32 + 0.32, 0.32, 610, "r"),
+        (7, 0.32 + 0.08, 0.08, 620, "r"),
+        (7, 0.32 + 0.01, 0.01, 630, "r"),  # k = 7 marked as well; 2 is marked, so 1, for which C = 1 now
     ]
-    end = Step(1, pytest.approx(0.00015625 / 4), pytest.approx(0.00015625 / 4))
+    end = Step(1, pytest.approx(0.32 / 4), pytest.approx(0.32 / 4))
     history = follow(ACCURACY, 0.64, table, end)
-    assert [rolled_back_to(history, number) for number in (0, 1, 2, 7)] == [0, 1, 3, 3]
+    assert [rolled_back_to(history, number) for number in (1, 2, 7)] == [(1, 1), (3, 3), (3, 3)]
 
 
 def test_algorithm_2_ends_when_no_round_is_left():
     table = [
         (0, 0.0, 0.0, 1000, "s"),
         (1, 0.64, 0.64, 400, "r"),
-        (1, 0.32, 0.32, 400, "r"),
-        (1, 0.08, 0.08, 400, "r"),
-        (1, 0.01, 0.01, 400, "r"),
-        (0, 0.005, 0.005, 400, "r"),
-        (0, 0.00125, 0.00125, 400, "r"),
-        (0, 0.00015625, 0.00015625, 400, "r"),
+        (1, 0.32, 0.32, 410, "r"),
+        (1, 0.08, 0.08, 410, "o"),  # the same network, known to fail, is not trained
+        (1, 0.01, 0.01, 420, "r"),
+        (1, 0.000625, 0.000625, 430, "r"),  # round 0 is the same network
     ]
     follow(ACCURACY, 0.64, table, None)
 
@@ -90,8 +88,8 @@ def test_algorithm_2_ends_when_the_size_stands_still_for_several_rounds():
         (2, 0.8, 0.4, 300, "r"),
         (2, 0.6, 0.2, 599, "a"),  # a change of 0.1 % is none
         (4, 1.0, 0.4, 599, "s"),
-        (5, 1.4, 0.4, 500, "r"),  # what is rolled back in between does not count
-        (5, 1.2, 0.2, 598, "a"),
+        (5, 1.8, 0.8, 500, "r"),  # what is rolled back in between does not count
+        (5, 1.4, 0.4, 598, "a"),
     ]
     follow(ACCURACY, 0.4, table, None)
 
@@ -106,7 +104,25 @@ def test_a_change_above_the_tolerance_goes_on():
         (5, 1.4, 0.4, 596, "a"),  # λ doubles no further than the first that failed
         (6, 1.8, 0.4, 596, "s"),
     ]
-    follow(ACCURACY, 0.4, table, Step(7, pytest.approx(2.2), 0.4))
+    follow(ACCURACY, 0.4, table, Step(7, pytest.approx(2.6), 0.8))  # nothing higher was tried on this network yet
+
+
+def test_skipped_rounds_double_the_step_up_to_half_of_the_way_to_what_was_tried():
+    table = [
+        (0, 0.0, 0.0, 1000, "s"),
+        (1, 6.4, 6.4, 600, "a"),
+        (2, 12.8, 6.4, 300, "r"),
+        (2, 9.6, 3.2, 300, "r"),
+        (2, 7.2, 0.8, 310, "r"),
+        (2, 6.5, 0.1, 400, "r"),  # round 2 was used three times
+        (1, 3.2, 3.2, 1000, "s"),  # half the step to round 2
+        (7, 4.8, 1.6, 700, "a"),  # half of the way to it
+        (8, 8.0, 3.2, 700, "s"),
+        (9, 14.4, 6.4, 700, "s"),  # nothing higher was tried on this network: no end, and λ doubles
+        (10, 27.2, 12.8, 400, "r"),
+        (10, 20.8, 6.4, 700, "s"),
+    ]
+    follow(ACCURACY, 6.4, table, None)
 
 
 def test_until_the_first_roll_back_skipped_rounds_double_the_step_and_do_not_end_the_run():
@@ -119,9 +135,9 @@ def test_until_the_first_roll_back_skipped_rounds_double_the_step_and_do_not_end
         (5, 2.3, 0.8, 998, "a"),
         (6, 3.1, 0.8, 997, "a"),
         (7, 3.9, 0.8, 500, "r"),
-        (7, 3.5, 0.4, 997, "s"),  # now the target is near: λ stays
-        (9, 3.9, 0.4, 997, "s"),
-        (10, 4.3, 0.4, 997, "s"),
+        (7, 3.5, 0.4, 997, "s"),  # now the target is near
+        (9, 3.7, 0.2, 997, "s"),  # half of the way
+        (10, 3.8, 0.1, 997, "s"),
     ]
     history = follow(ACCURACY, 0.1, table, None)
     assert trained(history, 11) == 7
@@ -150,10 +166,10 @@ def test_a_size_that_stands_still_below_the_limit_lands_too():
         (0, 0.0, 0.0, 1000, "s"),
         (1, 0.8, 0.8, 400, "o"),
         (1, 0.4, 0.4, 1000, "s"),
-        (3, 0.8, 0.4, 1000, "s"),
-        (4, 1.2, 0.4, 1000, "s"),
+        (3, 0.6, 0.2, 1000, "s"),
+        (4, 0.7, 0.1, 1000, "s"),
     ]
-    follow(Objective(params=0.5), 0.8, table, Step(0, 0.0, pytest.approx(0.4), land=True))
+    follow(Objective(params=0.5), 0.8, table, Step(0, 0.0, pytest.approx(0.1), land=True))
 
 
 def test_landing_is_tried_once_from_a_network_then_the_search_goes_further_back():
@@ -169,11 +185,11 @@ def test_landing_is_tried_once_from_a_network_then_the_search_goes_further_back(
     ]
     assert next_step(history, objective, 0.64) == Step(2, 0.64, 0.01, land=True)
     history.append(Round(7, 2, 0.645, 0.005, 499, 499, 49, 0.8, "rolled back"))
-    assert next_step(history, objective, 0.64) == Step(1, 0.0025, 0.0025)
+    assert next_step(history, objective, 0.64) == Step(1, 0.32, 0.32)
 
 
 def test_no_landing_where_the_size_is_to_be_minimised_or_accuracy_alone_failed():
-    failed = [START, *(Round(n, 0, 0.1, 0.1, 600, 600, 60, 0.5, "rolled back") for n in range(1, 5))]
+    failed = [START, *(Round(n, 0, 0.1, 0.1, 600 - n, 600, 60, 0.5, "rolled back") for n in range(1, 5))]
     assert next_step(failed, Objective(params=0.5, max_accuracy_drop=0.01), 0.1) is None
     assert next_step(failed, ACCURACY, 0.1) is None
 
@@ -207,3 +223,29 @@ def test_the_first_round_prunes_at_zero_and_the_first_step_follows_even_a_roll_b
     assert next_step([START], ACCURACY, None) == Step(0, 0.0, 0.0)
     dead = Round(1, 0, 0.0, 0.0, 900, 900, 90, 0.5, "rolled back")
     assert next_step([START, dead], ACCURACY, 0.4) == Step(0, 0.2, 0.2)
+
+
+def test_a_network_whose_smallest_step_is_known_to_fail_is_left_after_twice_several_rounds():
+    table = [
+        (0, 0.0, 0.0, 900, "a"),
+        (1, 0.64, 0.64, 400, "r"),
+        (1, 0.32, 0.32, 400, "o"),
+        (1, 0.08, 0.08, 400, "o"),
+        (1, 0.01, 0.01, 400, "o"),
+        (1, 0.01 / 2**4, 0.01 / 2**4, 400, "o"),
+        (1, 0.01 / 2**9, 0.01 / 2**9, 400, "o"),
+        (1, 0.01 / 2**15, 0.01 / 2**15, 400, "o"),
+    ]
+    follow(ACCURACY, 0.64, table, Step(0, pytest.approx(0.32), pytest.approx(0.32)))
+
+
+def test_the_search_ends_when_several_networks_are_used_up():
+    table = [(0, 0.0, 0.0, 1000, "s"), *((n, 0.64 * n, 0.64, 1000 - 100 * n, "a") for n in (1, 2, 3))]
+    history = follow(ACCURACY, 0.64, table, Step(4, pytest.approx(0.64 * 4), 0.64))
+    for origin in (4, 3, 2):
+        assert next_step(history, ACCURACY, 0.64).origin == origin
+        history += [
+            Round(len(history) + n, origin, 2.0, 0.64, 500 - len(history) - n, 1, 1, 0.1, "rolled back")
+            for n in range(4 if origin == 4 else 3)
+        ]
+    assert next_step(history, ACCURACY, 0.64) is None  # though round 1 is left
