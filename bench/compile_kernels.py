@@ -14,6 +14,7 @@ import collections
 import concurrent.futures
 import functools
 import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -29,7 +30,21 @@ TARGETS = {
     "sm_100": ("cuda", 100, 32),
     "gfx942": ("hip", "gfx942", 64),
 }
-OPS = ("activation_attention", "relu_attention", "cumulative_threshold", "pack_channels")
+OPS = (
+    "activation_attention",
+    "relu_attention",
+    "cumulative_threshold",
+    "pack_channels",
+    "filter_attention",
+    "project_filters",
+    "leaky_exponential",
+    "tempered_sigmoid",
+    "scale_channels",
+)
+LIMITED_BY_ARITHMETIC = (  # their tiles are small and come from a cache: what is loaded is used many times over
+    *("_range", "_sweep", "_combine_parts", "_interpolate", "_sweep_backward", "_weights", "_finish"),
+    *("_project", "_add_sums", "_combine_channels"),
+)
 MAX_REGISTERS = 128  # 4 programs of 4 warps still fit a multiprocessor
 
 
@@ -51,8 +66,53 @@ def cases(op):
         x, index = empty(256, 128, 3, 3, dtype=dtype).to(memory_format=memory_format), empty(64, dtype=torch.int64)
         backward(forward([x], [index], [0, 0, -1, -1]), [index], [0, 0, -1, -1], list(x.shape))
 
+    def filter_attention(heights, d, name, widest):
+        rows, offsets = empty(sum(heights), 2 * d, dtype=floats[name]), [0, *itertools.accumulate(heights)]
+        q, k, v = rows[:, :d], rows[:, d:], empty(len(heights), d, dtype=floats[name])
+        x = forward(q, k, v, v[:, 0], offsets, widest)
+        backward(x, q, k, v, offsets, widest)
+
+    def project(heights, widths, columns, name):
+        rows = empty(sum(n * d for n, d in zip(heights, widths, strict=True)), dtype=floats[name])
+        result = forward(rows, empty(sum(widths), columns, dtype=floats[name]), heights, widths)
+        backward(result, rows, heights, widths)
+
+    def activation(count, name):
+        x = empty(count, dtype=floats[name])
+        score, total = forward(x, 0.5)
+        backward(score, total, x, 0.5)
+
+    def scale(shape, name, memory_format, of_s):
+        x, s = empty(shape, dtype=floats[name]).to(memory_format=memory_format), empty(shape[1], dtype=floats[of_s])
+        backward(forward(x, s), x, s)
+
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-    if op.endswith("attention"):
+    if op == "filter_attention":
+        # Tables that leave layers direct, and that interpolate; the widths of ResNet-56, of VGG-16, one no power of 2.
+        network, large = (16, 32, 64), (64, 512, 0, 1000)
+        wanted = [(network, 32, "float32"), (network, 32, "float64"), (large, 32, "float32"), (large, 20, "float32")]
+        for heights, d, name in [*wanted, (large, 5, "float32"), (large, 64, "float32"), (network, 5, "float64")]:
+            call = functools.partial(filter_attention, heights, d, name, [0.5] * 24)
+            yield f"{'+'.join(map(str, heights))} d={d} {name}", call
+    elif op == "project_filters":
+        for columns, name in ((64, "float32"), (64, "float64"), (20, "float32")):
+            call = functools.partial(project, [16, 64, 512], [27, 576, 4608], columns, name)
+            yield f"16x27+64x576+512x4608 to {columns} {name}", call
+    elif op in ("leaky_exponential", "tempered_sigmoid"):
+        for count, name in [*((26_560, name) for name in floats), (1000, "float32"), (10_001, "float32")]:
+            yield f"{count} {name}", functools.partial(activation, count, name)
+    elif op == "scale_channels":
+        many, uneven, flat = (64, 256, 56, 56), (64, 24, 14, 14), (4096, 1024)
+        wanted = [(many, name, "float32") for name in floats] + [(many, "bfloat16", "bfloat16")]
+        for shape, name, of_s in [
+            *wanted,
+            ((128, 16, 32, 32), "float32", "float32"),
+            *((s, "float32", "float32") for s in (uneven, flat)),
+        ]:
+            for layout, memory_format in list(formats.items())[: len(shape) // 2]:
+                call = functools.partial(scale, shape, name, memory_format, of_s)
+                yield f"{'x'.join(map(str, shape))} {name} {layout} s {of_s}", call
+    elif op.endswith("attention"):
         # Many large maps are split over programs only where channels are adjacent, few large ones in both formats.
         many, few, small, flat = (64, 256, 56, 56), (1, 16, 512, 512), (256, 512, 8, 8), (4096, 1024)
         uneven = (64, 24, 14, 14)  # neither 24 nor 196 is a multiple of 16, which is all that Triton finds by itself
@@ -92,6 +152,15 @@ def tile_bytes(kernel, arguments):
     if kernel == "_move_blocks":  # what is gathered or scattered goes by elements, the other side by tiles
         tile = [arguments["BLOCK"] * arguments["ELEMENT"].primitive_bitwidth // 8]
         return (tile, []) if arguments["SCATTER"] else ([], tile)
+    if kernel in ("_activate", "_activation_gradient"):  # whole blocks, beside which the last one has its own accesses
+        backward = kernel == "_activation_gradient"
+        tile = arguments["BLOCK"] * element("x")
+        return [tile] * (1 + backward), [tile]
+    if kernel in ("_scale", "_gradients"):
+        tile = arguments["ROWS"] * arguments["COLS"] * element("x")
+        return [tile] * (1 + (kernel == "_gradients")), [tile]
+    if kernel in LIMITED_BY_ARITHMETIC:
+        return [], []
     raise ValueError(f"how many bytes does {kernel} load and store? say so in tile_bytes of bench/compile_kernels.py")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+import triton
 
 NO_DEVICE = 108  # multiprocessors assumed where there is no GPU: interpreter and ahead-of-time compilation
 
@@ -17,3 +18,14 @@ def processors(x):
 def on(x):
     """Context in which Triton launches on the device that holds `x`, whatever the current one is."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def registers(kernel, most=128):
+    """Launch options that let a kernel have so many registers a thread, where the target is NVIDIA's.
+
+    Left to itself the assembler may settle for fewer, for more programs at a time, and spill a handful.
+    """
+    if not isinstance(kernel, triton.runtime.jit.JITFunction):  # interpreted: there is no target
+        return {}
+    cuda = triton.runtime.driver.active.get_current_target().backend == "cuda"
+    return {"maxnreg": most} if cuda else {}

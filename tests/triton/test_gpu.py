@@ -1,13 +1,20 @@
 """The dispatched ops on a GPU, at sizes that fill it, against float64; without host syncs; the same bits every run."""
 
+import itertools
+
 import pytest
 import torch
 
 from paamops.ops.activation_attention import activation_attention
 from paamops.ops.cumulative_threshold import cumulative_threshold
+from paamops.ops.filter_attention import filter_attention, filter_attention_reference
+from paamops.ops.leaky_exponential import leaky_exponential
 from paamops.ops.pack_channels import pack_channels
+from paamops.ops.project_filters import project_filters
 from paamops.ops.registration import build_info
 from paamops.ops.relu_attention import relu_attention
+from paamops.ops.scale_channels import scale_channels
+from paamops.ops.tempered_sigmoid import tempered_sigmoid
 from tests.tolerances import accumulator, assert_close
 
 pytestmark = pytest.mark.gpu
@@ -48,6 +55,8 @@ def test_the_kernels_serve():
     kernels = build_info()["kernels"]
     for op in ("activation_attention", "relu_attention", "cumulative_threshold", "pack_channels"):
         assert kernels[op]["cuda"] == kernels[op + "_backward" * (op != "cumulative_threshold")]["cuda"] == "Triton"
+    for op in ("filter_attention", "project_filters", "leaky_exponential", "tempered_sigmoid", "scale_channels"):
+        assert kernels[op]["cuda"] == kernels[f"{op}_backward"]["cuda"] == "Triton"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,6 +112,90 @@ def test_threshold(count, weighted, dtype, without_sync):
         wanted = torch.empty_like(keep).scatter_(0, order, spent <= budget)
         assert torch.equal(keep, wanted)
         assert threshold == (scores[order][spent > budget].max() if not keep.all() else -torch.inf)
+
+
+RESNET_56, VGG_16 = [16] * 19 + [32] * 18 + [64] * 18, [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("heights", [RESNET_56, VGG_16, [4000], [0, 300, 1]], ids=len)
+def test_filter_attention(heights, spread, without_sync):
+    rows = (torch.randn(sum(heights), 64, device="cuda") * spread).requires_grad_()
+    v = torch.randn(len(heights), 32, device="cuda", requires_grad=True)
+    b = torch.randn(len(heights), device="cuda", requires_grad=True)
+    offsets, grad = [0, *itertools.accumulate(heights)], torch.randn(sum(heights), device="cuda")
+
+    def both(rows, v, b, grad):
+        x = filter_attention(rows[:, :32], rows[:, 32:], v, b, offsets=offsets)
+        return x, *torch.autograd.grad(x, (rows, v, b), grad)
+
+    actual, again = without_sync(both, rows, v, b, grad), both(rows, v, b, grad)
+    exact = both(*[t.detach().double().requires_grad_() for t in (rows, v, b)], grad.double())
+    direct = filter_attention_reference(*[t.double() for t in (rows[:, :32], rows[:, 32:], v, b)], offsets, ())
+    assert_close(exact[0], direct, torch.float64)
+    scale = max(heights) ** 0.5 * 8  # of the sums, which cancel: their terms are bounded by v, grad and 1
+    for mine, same, right, terms in zip(actual, again, exact, (32, 8, scale, scale), strict=True):
+        assert torch.equal(mine, same)
+        assert_close(mine / terms, right / terms, torch.float32)
+
+
+@pytest.mark.parametrize("standardised", [False, True])
+def test_project_filters(standardised, without_sync):
+    shapes = [(16, 27), *[(64, 576)] * 5, (0, 9), (512, 4608), (1000, 512), (33, 65)]
+    rows = [torch.randn(shape, device="cuda") + 1 for shape in shapes]
+    weight = torch.randn(sum(d for _, d in shapes), 64, device="cuda", requires_grad=True)
+    grad = torch.randn(sum(n for n, _ in shapes), 64, device="cuda")
+
+    def both(rows, weight, grad):
+        result = project_filters(rows, weight, standardised)
+        return result, *torch.autograd.grad(result, weight, grad)
+
+    actual, again = without_sync(both, rows, weight, grad), both(rows, weight, grad)
+    double = [row.double().cpu() for row in rows], weight.detach().double().cpu().requires_grad_(), grad.double().cpu()
+    for mine, same, right in zip(actual, again, both(*double), strict=True):
+        assert torch.equal(mine, same)
+        assert_close(mine / 1000, right / 1000, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [1, 26_560, 1_000_003])
+@pytest.mark.parametrize("activation", [leaky_exponential, tempered_sigmoid])
+def test_score_activations(activation, count, dtype, without_sync):
+    x = (torch.randn(count, device="cuda") * 2).to(dtype).requires_grad_()
+    grad = torch.rand(count, device="cuda").to(dtype)
+
+    def both(x, grad):
+        score, total = activation(x, 0.5, l1=True)
+        return score, total, *torch.autograd.grad((score, total), x, (grad, torch.ones_like(total)))
+
+    actual, again = without_sync(both, x, grad), both(x, grad)
+    exact = both(x.detach().double().cpu().requires_grad_(), grad.double().cpu())
+    for mine, same, right, kind in zip(actual, again, exact, (dtype, accumulator(dtype), dtype), strict=True):
+        assert torch.equal(mine, same)
+        assert_close(mine, right, kind)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scale_channels(shape, layout, dtype, without_sync):
+    x = FORMATS[layout](torch.randn(shape, device="cuda").to(dtype)).detach().requires_grad_()
+    s = torch.rand(x.shape[1], device="cuda", dtype=accumulator(dtype), requires_grad=True)
+    grad = torch.randn(x.shape, device="cuda").to(dtype)
+
+    def both(x, s, grad):
+        y = scale_channels(x, s)
+        return y, *torch.autograd.grad(y, (x, s), grad)
+
+    actual, again = without_sync(both, x, s, grad), both(x, s, grad)
+    wide = s.detach().double().view(-1, *[1] * (x.ndim - 2))
+    space = (0, *range(2, x.ndim))
+    products = grad.double() * x.detach().double()
+    terms = products.abs().sum(space)  # the sums cancel: relative to their terms
+    assert all(torch.equal(mine, same) for mine, same in zip(actual, again, strict=True))
+    assert_close(actual[0], x.detach().double() * wide, dtype)
+    assert_close(actual[1], grad.double() * wide, dtype)
+    assert_close(actual[2] / terms, products.sum(space) / terms, accumulator(dtype))
 
 
 def test_pack_a_network():
