@@ -7,17 +7,25 @@ small    = paamops.pack(model, channels, keep)           a smaller dense network
 
 paamops.AAP(model, inputs, train=…, evaluate=…, objective=paamops.Objective(…), epochs=…).run()
                                                          the same in rounds, to a target, by itself
+paamops.PAAM(model, inputs, params=0.5).run(train=…, evaluate=…, epochs=…)
+                                                         by scores that are learned from the filters
 """
 
 from paamops import data, models
 from paamops.channels import ChannelMap, Cost
 from paamops.methods.aap import AAP
 from paamops.methods.objective import Objective
+from paamops.methods.paam import PAAM
 from paamops.ops.activation_attention import activation_attention
 from paamops.ops.cumulative_threshold import cumulative_threshold
+from paamops.ops.filter_attention import filter_attention
+from paamops.ops.leaky_exponential import leaky_exponential
 from paamops.ops.pack_channels import pack_channels
+from paamops.ops.project_filters import project_filters
 from paamops.ops.registration import build_info
 from paamops.ops.relu_attention import relu_attention
+from paamops.ops.scale_channels import scale_channels
+from paamops.ops.tempered_sigmoid import tempered_sigmoid
 from paamops.packing import PackingError, mask, pack
 from paamops.saving import load, save
 from paamops.scoring import ActivationAttention, score
@@ -28,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AAP",
+    "PAAM",
     "ActivationAttention",
     "ChannelMap",
     "Cost",
@@ -38,14 +47,19 @@ __all__ = [
     "build_info",
     "cumulative_threshold",
     "data",
+    "filter_attention",
+    "leaky_exponential",
     "load",
     "mask",
     "models",
     "pack",
     "pack_channels",
+    "project_filters",
     "relu_attention",
     "save",
+    "scale_channels",
     "score",
     "select",
+    "tempered_sigmoid",
     "trace",
 ]

@@ -11,6 +11,8 @@ import torch
 from paamops import data, training
 from paamops.measuring import file_size, latency
 from paamops.methods.aap import AAP
+from paamops.methods.paam import PAAM
+from paamops.methods.paam_run import Scored
 from paamops.packing import pack
 from paamops.scoring import score
 from paamops.selection import select
@@ -118,19 +120,65 @@ def prune_to_target(model, dataset, fabric, plan, objective, say=print, quiet=Fa
         objective=objective,
         epochs=plan.epochs,
         state=state,
-        context={
-            "schedule": asdict(plan.schedule),
-            "batch_size": plan.batch_size,
-            "compiled": plan.compiled,
-            "precision": fabric.strategy.precision.precision,
-            "data": [dataset.name, digest(dataset)],
-        },
+        context=_context(dataset, fabric, plan),
         seed=plan.seed,
         say=say,
         quiet=quiet,
         **settings,
     )
     return method.run()
+
+
+def prune_by_scores(model, dataset, fabric, plan, budget, say=print, quiet=False, pinned=(), state=None, **settings):
+    """Prune `model` to `budget` by PAAM, with this project's training and data; the PAAMResult.
+
+    The round that is kept is the one with the best accuracy on the validation split. `plan.epochs` is the length of the
+    whole schedule. `budget` is what `select` takes, such as {"params": 0.5}; `state` and `settings` go to `PAAM.run`.
+    """
+    model, dataset = model.to(fabric.device), dataset.to(fabric.device)
+    check_output(model, dataset)
+    checkpoint = None if state is None else Path(state) / "training.safetensors"
+
+    def train(network, epochs, start_epoch, penalty):
+        learning = isinstance(network, Scored)  # whose λ and snapshots no checkpoint holds, nor may it be compiled
+        training.train(
+            network,
+            dataset,
+            fabric,
+            plan.schedule,
+            epochs=epochs,
+            start_epoch=start_epoch,
+            total_epochs=plan.epochs,
+            batch_size=plan.batch_size,
+            seed=int(torch.randint(2**31, ())),  # the generator has been seeded for this training
+            penalty=penalty if learning else None,
+            checkpoint=None if learning else checkpoint,
+            compiled=plan.compiled and not learning,
+            label="learning scores" if learning else "training",
+            quiet=quiet,
+        )
+
+    paam = PAAM(model, dataset.normalise(dataset.train.images[:2]), pinned=pinned, seed=plan.seed, **budget)
+    return paam.run(
+        train=train,
+        evaluate=lambda network: training.accuracy(network, dataset, dataset.validation),
+        epochs=plan.epochs,
+        state=state,
+        context=_context(dataset, fabric, plan),
+        say=say,
+        **settings,
+    )
+
+
+def _context(dataset, fabric, plan):
+    """What a resumed run must share."""
+    return {
+        "schedule": asdict(plan.schedule),
+        "batch_size": plan.batch_size,
+        "compiled": plan.compiled,
+        "precision": fabric.strategy.precision.precision,
+        "data": [dataset.name, digest(dataset)],
+    }
 
 
 def digest(dataset):

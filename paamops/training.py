@@ -87,6 +87,7 @@ def train(
     seed=0,
     start_epoch=0,
     total_epochs=None,
+    penalty=None,
     checkpoint=None,
     compiled=False,
     label="training",
@@ -100,6 +101,7 @@ def train(
     Args:
         epochs, start_epoch, total_epochs: as in `learning_rates`. What follows a rewinding is the last epochs only.
         batch_size: images a step, over all processes together.
+        penalty: a function whose value is added to the loss of each step, after the forward pass.
         checkpoint: a file that is written while training, after an epoch. A later call with the same arguments and the
             same fresh model goes on from it and ends in the same weights as a call that was never cut. The file of
             another call is overwritten; so is one that cannot be read, with a warning. It is left when all is done.
@@ -137,7 +139,9 @@ def train(
                 start = time.perf_counter()
                 for group in optimizer.param_groups:
                     group["lr"] = rate
-                loss = train_epoch(wrapped, optimizer, dataset, fabric, batch_size, seed * 1_000_003 + epoch, layout)
+                loss = train_epoch(
+                    wrapped, optimizer, dataset, fabric, batch_size, seed * 1_000_003 + epoch, layout, penalty
+                )
                 if not loss.isfinite():  # once an epoch: every look at the loss waits for the device
                     raise ValueError(f"the loss is {loss.item()} after epoch {epoch + 1}: training diverged")
                 bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
@@ -173,7 +177,7 @@ def prepared(model, dataset, fabric, schedule, compiled=False):
         optimizer.zero_grad()
 
 
-def train_epoch(model, optimizer, dataset, fabric, batch_size, seed, layout=None):
+def train_epoch(model, optimizer, dataset, fabric, batch_size, seed, layout=None, penalty=None):
     """Train one epoch, its order and augmentation drawn from `seed`; the last step's loss, on the device.
 
     Nothing in it waits for the device: what decides anything on the host (the shapes) is known there.
@@ -190,7 +194,7 @@ def train_epoch(model, optimizer, dataset, fabric, batch_size, seed, layout=None
         logits = model(images)
         check_logits(logits, len(images), dataset.num_classes)
         loss = F.cross_entropy(logits, labels)
-        fabric.backward(loss)
+        fabric.backward(loss if penalty is None else loss + penalty())
         optimizer.step()
     return loss.detach()
 

@@ -1,25 +1,23 @@
 """AAP: automatic attention pruning (Zhao, Jain and Zhao, AISTATS 2023), from a target to a small network."""
 
 import copy
-import hashlib
 import math
 import numbers
-import random
 import time
 import warnings
 from dataclasses import asdict, replace
 
-import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from paamops import progress, tracing
 from paamops.methods import policy, sharing
+from paamops.methods.calls import evaluated, trained
 from paamops.methods.networks import masked, packed, tensors_of, unpack
 from paamops.methods.objective import Objective
 from paamops.methods.result import Result, Round
-from paamops.methods.state import State
+from paamops.methods.state import State, described, digest
 from paamops.methods.thresholds import Thresholds
 from paamops.ops.activation_attention import REDUCTIONS, activation_attention
 from paamops.packing import PackingError, pack
@@ -158,14 +156,9 @@ class AAP:
         return self._result(reason)
 
     def _settings(self):
-        tensors = {
-            name: f"{'x'.join(map(str, tensor.shape))} {tensor.dtype}"
-            for name, tensor in tracing.named_tensors(self.model).items()
-        }
-        settings = {
-            "model": f"{type(self.model).__module__}.{type(self.model).__qualname__}",
-            "tensors": tensors,
-            "pinned sets": _digest({"pinned": self.channels.pinned}),
+        return {
+            **described(self.model, weights=self.trained),
+            "pinned sets": digest({"pinned": self.channels.pinned}),
             "objective": asdict(self.objective),
             "epochs": self.epochs,
             "start_epoch": self.start,
@@ -176,7 +169,6 @@ class AAP:
             "step": self.first,
             "seed": self.seed,
         }
-        return settings | ({"weights": _digest(tracing.named_tensors(self.model))} if self.trained else {})
 
     def _take_up(self):
         """What the state's folder holds, in every process."""
@@ -342,33 +334,16 @@ class AAP:
         return pack(self.full, self.channels, keep)
 
     def _train(self, model, number, start_epoch, epochs):
-        """Train in place; the tensors afterwards, the same in every process."""
-        shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in tracing.named_tensors(model).items()}
-        seed_all(self.seed * 1_000_003 + 2 * number + (start_epoch > 0))
-        if epochs:
-            self.train(model.train(), epochs, start_epoch)
-        now = {name: (tensor.shape, tensor.dtype) for name, tensor in tracing.named_tensors(model).items()}
-        if now != shapes:
-            changed = sorted(name for name in shapes.keys() | now.keys() if shapes.get(name) != now.get(name))
-            raise ValueError(
-                f"train changed the network: {', '.join(changed[:3])}; it must keep names, shapes and dtypes"
-            )
-        sharing.same_tensors(model)
-        return tensors_of(model)
+        """Train in place; the tensors afterwards."""
+
+        def train(model):
+            if epochs:
+                self.train(model, epochs, start_epoch)
+
+        return trained(train, model, self.seed * 1_000_003 + 2 * number + (start_epoch > 0))
 
     def _evaluate(self, model, number):
-        seed_all(self.seed * 1_000_003 + 2 * number)  # an evaluation may draw too
-        with torch.no_grad():
-            value = self.evaluate(model.eval())
-        if isinstance(value, (torch.Tensor, np.ndarray)) and math.prod(value.shape) == 1:
-            value = value.item()
-        number_given = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        value = sharing.agree(float(value) if number_given else type(value).__name__)
-        if isinstance(value, str):
-            raise TypeError(f"evaluate returned a {value}; it must return a number")
-        if not math.isfinite(value):
-            raise ValueError(f"evaluate returned {value} in round {number}; it must return a finite number")
-        return value
+        return evaluated(self.evaluate, model, self.seed * 1_000_003 + 2 * number, f"round {number}")
 
     def _tell(self, entry):
         self.bar.show(entry, self.whole)
@@ -445,13 +420,6 @@ def message(objective, history, chosen, met, reason):
     return f"{reached}. The objective is not met ({', '.join(missed)}); {reason}. This is the best network found."
 
 
-def seed_all(seed):
-    """Seed the generators that a training may draw from, so that a resumed run draws the same."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - other people's augmentation draws from it
-    torch.manual_seed(seed)
-
-
 def _first_two(model, inputs):
     """The first two examples of a batch, or the whole of it where a forward pass does not run on these.
 
@@ -477,15 +445,6 @@ def _copied(inputs):
 
 def _sizes(cost):
     return cost.params, cost.flops, cost.filters
-
-
-def _digest(tensors):
-    """A fingerprint of the names and values of tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def _check(model, train, evaluate, objective, epochs, rewind, p, reduction, step, rounds, seed, say):

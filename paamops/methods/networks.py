@@ -11,12 +11,12 @@ def tensors_of(model):
     return {name: tensor.detach().cpu().clone() for name, tensor in named_tensors(model).items()}
 
 
-def unpack(template, channels, keep, tensors):
+def unpack(template, channels, keep, tensors, clear=True):
     """Write packed `tensors` into the full-size `template` where they came from; the rest of it becomes zero.
 
     What an earlier network left there would be read by nobody, but a NaN is not silenced by a zero.
     pack(template, channels, keep) then has exactly these tensors, and mask(template, channels, keep) computes what that
-    computes.
+    computes. Without `clear` the rest stays as it is.
     """
     indices = kept_indices(channels, keep)
     with torch.no_grad():
@@ -25,7 +25,17 @@ def unpack(template, channels, keep, tensors):
             if all(index is None for index in indices[name]):
                 full.copy_(values)
                 continue
-            full.zero_()[_grid(full, indices[name])] = values
+            if clear:
+                full.zero_()
+            full[_grid(full, indices[name])] = values
+
+
+def load(model, tensors):
+    """Write `tensors` into the parameters and buffers of these names."""
+    with torch.no_grad():
+        for name, tensor in named_tensors(model).items():
+            if name in tensors:
+                tensor.copy_(tensors[name])
 
 
 def _grid(full, indices):

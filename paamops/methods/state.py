@@ -5,14 +5,16 @@ accepted, packed; rewind.safetensors the weights at the epoch that is rewound to
 name and renamed, state.json last: it never speaks of a file that is not there. Nothing is pickled.
 """
 
+import hashlib
 import json
+import re
 from dataclasses import asdict
 from pathlib import Path
 
 import safetensors.torch
 import torch
 
-from paamops import saving
+from paamops import saving, tracing
 from paamops.methods.result import Round
 
 VERSION = 1
@@ -21,11 +23,15 @@ KEEP = ":keep"  # the name of the mask beside the tensors of a network
 
 
 class State:
-    """The folder `path`, or memory only where it is None. `settings`: a dict for JSON that a later run must share."""
+    """The folder `path`, or memory only where it is None.
 
-    def __init__(self, path, settings):
+    `settings`: a dict for JSON that a later run must share. `entry`: the dataclass of the history's entries.
+    """
+
+    def __init__(self, path, settings, entry=Round):
         self.path = None if path is None else Path(path)
         self.settings = json.loads(json.dumps(settings))
+        self.entry = entry
         self.history, self.facts, self.networks = (), {}, {}
 
     def holds_a_run(self):
@@ -51,10 +57,10 @@ class State:
             version, settings = stored["version"], stored["settings"]
             if version != VERSION:
                 raise ValueError(f"{file}: is of version {version}; this paamops reads version {VERSION}")
-            history = tuple(Round(**entry) for entry in stored["history"])
+            history = tuple(self.entry(**entry) for entry in stored["history"])
             facts, names = dict(stored["facts"]), list(stored["networks"])
             settings = dict(settings)
-            if not all(isinstance(name, str) and (name.isdigit() or name == "rewind") for name in names):
+            if not all(isinstance(name, str) and re.fullmatch(r"\d+|[a-z]+(-\d+)?", name) for name in names):
                 raise TypeError(f"networks are {names}")
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{file}: is damaged ({error})") from error
@@ -79,7 +85,7 @@ class State:
             raise ValueError(f"{file}: is missing or damaged ({error})") from error
 
     def add(self, key, keep, tensors):
-        """Keep a network: its mask (S,) bool, and name -> packed tensor. `key` is a round's number, or "rewind"."""
+        """Keep a network: its mask (S,) bool, and name -> packed tensor. `key` is a round's number, or a word."""
         key = str(key)
         if self.path is not None:
             stored = {KEEP: keep, **tensors}
@@ -102,6 +108,23 @@ class State:
 
     def _file(self, key):
         return self.path / (f"round-{int(key):04d}.safetensors" if key.isdigit() else f"{key}.safetensors")
+
+
+def described(model, weights):
+    """What tells one network from another, for JSON: its class, names, shapes and dtypes; with `weights` the values."""
+    tensors = tracing.named_tensors(model)
+    kinds = {name: f"{'x'.join(map(str, tensor.shape))} {tensor.dtype}" for name, tensor in tensors.items()}
+    described = {"model": f"{type(model).__module__}.{type(model).__qualname__}", "tensors": kinds}
+    return described | ({"weights": digest(tensors)} if weights else {})
+
+
+def digest(tensors):
+    """A fingerprint of the names and values of tensors."""
+    state = hashlib.sha256()
+    for name, tensor in tensors.items():
+        state.update(f"{name} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()[:16]
 
 
 def _flat(settings):
