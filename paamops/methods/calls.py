@@ -16,7 +16,7 @@ def seed_all(seed):
     """Seed the generators that a training may draw from, so that a resumed run draws the same."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002 - other people's augmentation draws from it
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
 
 
 def trained(train, model, seed):

@@ -6,6 +6,7 @@ which are far smaller.
 """
 
 import contextlib
+import random
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +18,10 @@ from paamops import tracing
 from paamops.ops.scale_channels import scale_channels
 
 GATES = ("free", "explicit")
-AMPLITUDES = (1.0, 100.0)  # of the norms in the trial: what saturates above some value shows at the second
+# Of the largest output. In float64 places that serve agree to 1e-15, and of those that do not a deep network may leave
+# little to see: 1e-5 in train mode, where a later norm takes the factor out but for its eps.
+TOLERANCE = 1e-11
+TRIALS = ((1.0, True), (100.0, True), (1.0, False))  # what the norms are multiplied by, to show saturation; train mode
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Gates:
     reads it there may be anything that lets a factor through: ReLU, pooling, sums with channels of the same factor).
     Everything else is scaled where it is read: the input axis of a weight. Which norms these are is found by trial: the
     network with the factors in the norms must compute what it computes with the factors in the weights that read, with
-    random parameters, in train mode (where a later norm would take the factor out again).
+    random parameters, in train mode (where a later norm would take the factor out again) and in eval mode (where it
+    would not, and multiply by it once more).
 
     Args:
         model: the traced network. channels: its ChannelMap.
@@ -78,19 +83,14 @@ class Gates:
         """The same by `scale_channels` on the activations: for comparison, and as the other gate's oracle."""
         extended = torch.cat([scores, scores.new_ones(1)])
         hooks = []
-        for place in self.places:
-            module, leaf = _owner(model, place.name)
-            factor = extended[place.sets.to(scores.device)]
-            if place.name in self.norms:
-                hooks.append(module.register_forward_hook(_scale_output(factor)))
-            elif place.name.removesuffix(".bias") + ".weight" not in self.norms:
-                if leaf != "weight" or next(module.children(), None) is not None:
-                    raise ValueError(
-                        f"gate is 'explicit', but {place.name!r} belongs to a {type(module).__name__}: only the inputs"
-                        " of modules with one weight can be scaled; use gate='free'"
-                    )
-                hooks.append(module.register_forward_pre_hook(_scale_input(factor, isinstance(module, nn.Linear))))
         try:
+            for place in self.places:
+                factor = extended[place.sets.to(scores.device)]
+                for module, leaf in _owners(model, place.name):
+                    if place.name in self.norms:
+                        hooks.append(module.register_forward_hook(_scale_output(factor)))
+                    elif place.name.removesuffix("bias") + "weight" not in self.norms:
+                        hooks.append(module.register_forward_pre_hook(_scale_input(factor, module, leaf, place)))
             yield
         finally:
             for hook in hooks:
@@ -138,9 +138,11 @@ def replaced(model, tensors):
             held[leaf] = tensor
 
 
-def _owner(model, name):
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
+def _owners(model, name):
+    """The modules that hold the tensor of this name, and what they call it: several where it is tied."""
+    tensor = tracing.named_tensors(model)[name]
+    held = [(module, {**module._parameters, **module._buffers}) for module in model.modules()]
+    return [(module, leaf) for module, tensors in held for leaf, t in tensors.items() if t is tensor]
 
 
 def _places(channels, norms):
@@ -172,7 +174,7 @@ def _groups(model, channels):
         if not isinstance(module, nn.modules.batchnorm._BatchNorm) or module.weight is None or module.bias is None:
             continue
         ids = channels.axes.get(name, (None,))[0]
-        if ids is None:
+        if ids is None or name.removesuffix("weight") + "bias" not in channels.axes:  # one that is tied to another's
             continue
         sets, names = set(ids[ids >= 0].tolist()), [name]
         for other in [group for group in groups if group[0] & sets]:
@@ -205,33 +207,32 @@ class _Trial:
     def __init__(self, model, channels):
         self.model, self.channels = model, channels
         generator = torch.Generator().manual_seed(0)  # the caller's is not disturbed
-        self.tensors, norms = {}, {name for names in _groups(model, channels) for name in names}
-        for name, tensor in tracing.named_tensors(model).items():
-            value = _exact(tensor.detach().clone())
-            if name in norms or name.removesuffix(".bias") + ".weight" in norms:
-                value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
-                value *= 1 - 2 * (torch.rand(value.shape, generator=generator) < 0.3).to(value)
-            self.tensors[name] = value
-        self.norms = norms
+        self.norms = {name for names in _groups(model, channels) for name in names}
+        self.tensors = {
+            name: _anew(tensor, generator) if isinstance(tensor, nn.Parameter) else _exact(tensor.detach().clone())
+            for name, tensor in tracing.named_tensors(model).items()
+        }
         self.scores = (torch.rand(len(channels.pinned), generator=generator) + 0.5).masked_fill(channels.pinned, 1)
         self.scores = self.scores.to(next(iter(self.tensors.values())).device)
         self.inputs = tree_map(_exact, channels.example_inputs)
-        self.expected = [self.output([], amplitude) for amplitude in AMPLITUDES]
+        for name in _statistics(model):
+            self.tensors[name].copy_(torch.rand(self.tensors[name].shape, generator=generator) + 0.5)
+        self.expected = [self.output([], *trial) for trial in TRIALS]
 
     def agrees(self, norms):
-        for expected, amplitude in zip(self.expected, AMPLITUDES, strict=True):
-            found = self.output(norms, amplitude)
-            if expected is None or found is None or len(found) != len(expected):
+        for expected, trial in zip(self.expected, TRIALS, strict=True):
+            found = None if expected is None else self.output(norms, *trial)
+            if found is None or len(found) != len(expected):
                 return False
             for one, other in zip(found, expected, strict=True):
                 if one.shape != other.shape:
                     return False
-                if not (one - other).abs().max() <= 1e-3 * other.abs().max():  # NaN disagrees
+                if not (one - other).abs().max() <= TOLERANCE * other.abs().max():  # NaN disagrees
                     return False
         return True
 
-    def output(self, norms, amplitude):
-        """The floating outputs; None where the network does not run in train mode."""
+    def output(self, norms, amplitude, train):
+        """The floating outputs in train or eval mode; None where the network does not run in it."""
         tensors = {name: tensor.clone() for name, tensor in self.tensors.items()}
         for name in self.norms:
             tensors[name] *= amplitude
@@ -241,19 +242,57 @@ class _Trial:
             tensor = tensors[place.name]
             shape = [-1 if axis == place.axis else 1 for axis in range(tensor.dim())]
             tensor *= extended[place.sets.to(tensor.device)].to(tensor.dtype).view(shape)
-        args, kwargs = tracing.arguments(self.inputs)
+        args, kwargs = tracing.arguments(tree_map(_copied, self.inputs))
         modes = {module: module.training for module in self.model.modules()}
-        devices = [tensor.device for tensor in tensors.values() if tensor.is_cuda][:1]
         try:
-            with torch.random.fork_rng(devices), replaced(self.model, tensors):
-                torch.manual_seed(0)
-                output = self.model.train()(*args, **kwargs)
+            with _seeded(tensors.values()), replaced(self.model, tensors):
+                output = self.model.train(train)(*args, **kwargs)
         except Exception:
             return None
         finally:
             for module, mode in modes.items():
                 module.training = mode
         return [t for t in tracing.leaves(output) if t.is_floating_point() and t.numel()]
+
+
+def _statistics(model):
+    """The names of the norms' running statistics: those of random weights would be others than the network's own."""
+    kept = ("running_mean", "running_var")
+    held = [
+        m._buffers.get(leaf) for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) for leaf in kept
+    ]
+    return [name for name, tensor in tracing.named_tensors(model).items() if any(tensor is t for t in held)]
+
+
+def _anew(parameter, generator):
+    """Random values, whatever the parameter holds: behind a layer that starts at zero every network is the same."""
+    value = _exact(parameter.detach().clone())
+    if not value.is_floating_point():
+        return value
+    if value.dim() > 1:
+        return value.copy_(torch.randn(value.shape, generator=generator) / max(1, value[0].numel()) ** 0.5)
+    negative = torch.rand(value.shape, generator=generator) < 0.3
+    return value.copy_((torch.rand(value.shape, generator=generator) + 0.5).where(~negative, -0.7))
+
+
+@contextlib.contextmanager
+def _seeded(tensors):
+    """Within it the generators of torch, NumPy and Python start anew; afterwards they go on where they were."""
+    devices = [tensor.device for tensor in tensors if tensor.is_cuda][:1]
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - networks may draw from it
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def _copied(value):
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 def _exact(value):
@@ -265,7 +304,16 @@ def _scale_output(factor):
     return lambda module, args, output: scale_channels(output, factor.to(output.dtype))
 
 
-def _scale_input(factor, linear):
+def _scale_input(factor, module, leaf, place):
+    if leaf != "weight" or next(module.children(), None) is not None:
+        raise ValueError(
+            f"gate is 'explicit', but {place.name!r} belongs to a {type(module).__name__}: only the inputs of modules"
+            " with one weight can be scaled; use gate='free'"
+        )
+    # The weight of a grouped convolution has an index for the inputs of one group, read by the others alike.
+    factor = factor.repeat(getattr(module, "groups", 1) if place.axis == 1 else 1)
+    linear = isinstance(module, nn.Linear)
+
     def scale(module, args):
         x, *rest = args
         scaled = x * factor.to(x.dtype) if linear else scale_channels(x, factor.to(x.dtype))

@@ -16,6 +16,7 @@ from paamops.selection import absolute, select
 
 # An automatic λ starts at 1, and every few steps grows or shrinks by a tenth.
 EVERY, GROWTH = 5, 1.1
+FLOAT = torch.finfo(torch.float32)
 OPEN = 0.5  # a filter with a higher score counts as kept when λ is adapted
 
 
@@ -106,7 +107,7 @@ class PAAM:
             activation,
             slope,
             temperature,
-            torch.Generator().manual_seed(self.seed),
+            torch.Generator().manual_seed(self.seed % 2**63),
         )
         self.gates = Gates(model, self.channels)
         # (S,) one filter of each channel set: all of a set have its score
@@ -201,8 +202,8 @@ def _check(model, penalty, width, attention, activation, slope, temperature, gat
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
             raise ValueError(f"{name} is {value!r}; it must be an int of at least {least}")
     for name, value in (("slope", slope), ("temperature", temperature)):
-        if not (_is_finite(value) and value > 0):
-            raise ValueError(f"{name} is {value!r}; it must be a finite number above 0")
+        if not (_is_finite(value) and FLOAT.tiny <= value <= FLOAT.max):
+            raise ValueError(f"{name} is {value!r}; it must be a finite number above 0, as a float32")
     for name, value, allowed in (
         ("attention", attention, ATTENTIONS),
         ("activation", activation, ACTIVATIONS),

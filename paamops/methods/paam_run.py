@@ -11,6 +11,7 @@ from torch import nn
 from paamops.methods import calls, sharing
 from paamops.methods.calls import evaluated
 from paamops.methods.networks import load, packed, tensors_of, unpack
+from paamops.methods.score_network import ScoreNetwork
 from paamops.methods.state import State, described, digest
 from paamops.packing import pack
 
@@ -72,6 +73,21 @@ class PAAMResult:
     learning: torch.Tensor
     steps: torch.Tensor
 
+    def report(self, path, rows=None, command=None):
+        """Write one self-contained HTML file: before and after, the scores and their threshold, widths, rounds.
+
+        Args:
+            path: the file; it is written whole or not at all.
+            rows: lines (what, before, after, change) of the first table; default accuracy, parameters and FLOPs.
+            command: the command that made it, to be shown.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from paamops import paam_reporting
+
+        paam_reporting.write(self, path, rows, command)
+
 
 class Scored(nn.Module):
     """A network whose forward pass is multiplied by its scores; its parameters are the network's and the attention's.
@@ -83,13 +99,15 @@ class Scored(nn.Module):
         super().__init__()
         self.model, self.attention = paam.model, paam.attention
         self._paam, self.frozen = [paam], frozen
-        self.model.requires_grad_(not frozen)
+        self._learn = [parameter for parameter in self.model.parameters() if parameter.requires_grad and frozen]
+        for parameter in self._learn:
+            parameter.requires_grad_(False)
         self.snapshots, self.every = [], 1
 
     def forward(self, *args, **kwargs):
         paam = self._paam[0]
         with paam.scoring() as scores:
-            if self.training and torch.is_grad_enabled():
+            if torch.is_grad_enabled():
                 self._remember(paam.steps, scores)
             return self.model(*args, **kwargs)
 
@@ -98,6 +116,11 @@ class Scored(nn.Module):
         if self.frozen:
             self.model.eval()
         return self
+
+    def thaw(self):
+        """Give the network's own parameters their gradients back."""
+        for parameter in self._learn:
+            parameter.requires_grad_(True)
 
     def _remember(self, step, scores):
         if step % self.every == 0:
@@ -139,7 +162,8 @@ def run(
         paam: PAAM; its model is left untouched, its attention network has learned afterwards.
         train: train(model, epochs, start_epoch, penalty) trains `model` in place for `epochs` epochs of the schedule,
             from its epoch `start_epoch` on, with a fresh optimizer over model.parameters() and the loss of the task
-            plus penalty() in each step. While scores are learned the model is a `Scored`; else penalty() is 0.
+            plus penalty() in each step. While scores are learned the model is a `Scored`; else penalty() is 0. Compile
+            the `model` of a Scored, not all of it, which would be compiled anew in each step.
         evaluate: evaluate(model) returns the accuracy, the higher the better, on images that are neither trained on nor
             kept for the final test.
         epochs: E, the epochs of the whole schedule.
@@ -164,8 +188,13 @@ def run(
     TypeError, ValueError: an argument is not what it must be; `train` changed the network, `evaluate` returned no
     finite number; `state` holds a run and `resume` is not set, or one of another model or other settings.
     """
+    _check(train, evaluate, epochs, 1 if learn is None else learn, rewind, rounds, say)
     learn = max(1, round(0.3 * epochs)) if learn is None else learn
-    _check(train, evaluate, epochs, learn, rewind, rounds, say)
+    if not isinstance(paam.attention, ScoreNetwork):
+        raise TypeError(
+            f"paam.attention is a {type(paam.attention).__name__}; run takes it as it was made: wrap the Scored that"
+            " train is given"
+        )
     if resume and state is None:
         raise ValueError("resume is True, but state is None; it must be the folder of the run")
     settings = {
@@ -190,10 +219,15 @@ def run(
     if not sharing.leads():
         held.path = None  # one process writes
     alternation = _Alternation(paam, held, train, evaluate, epochs, learn, round(rewind * epochs), frozen, say)
-    original = paam.model
+    original, attention = paam.model, copy.deepcopy(paam.attention.state_dict())
+    before = paam.lambda_, paam.steps
     try:
         paam.use(copy.deepcopy(original))
         return alternation.run(rounds, trained)
+    except BaseException:  # as it was, so that the run can be resumed with it
+        paam.attention.load_state_dict(attention)
+        paam.lambda_, paam.steps = before
+        raise
     finally:
         paam.use(original)
 
@@ -274,8 +308,9 @@ class _Alternation:
             accuracy = evaluated(self.evaluate, scored, self._seed(number, 1), f"round {number}")
             selection = sharing.agree(paam.keep())
             tensors["scores"] = sharing.agree(paam.learned().cpu())
-            tensors["learning"] = torch.stack([scores for _, scores in scored.snapshots])
-            tensors["steps"] = torch.tensor([step for step, _ in scored.snapshots])
+            snapshots = [scores for _, scores in scored.snapshots]
+            tensors["learning"] = torch.stack(snapshots) if snapshots else torch.empty(0, len(tensors["scores"]))
+            tensors["steps"] = torch.tensor([step for step, _ in scored.snapshots], dtype=torch.int64)
             state.facts[key] = {
                 "threshold": min(max(selection.threshold, -1e30), 1e30),  # JSON has no infinity
                 "penalty": paam.lambda_,
@@ -284,7 +319,7 @@ class _Alternation:
             }
             state.add(key, selection.keep, tensors)
             state.write()
-        paam.model.requires_grad_(True)
+        scored.thaw()
 
     def _changed(self, number):
         networks = self.state.networks

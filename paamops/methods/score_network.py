@@ -87,7 +87,7 @@ class ScoreNetwork(nn.Module):
     def rows(self):
         """The filters of each layer that has attention: (n_l, d_l), detached."""
         tensors = tracing.named_tensors(self._model[0])
-        weights = [tensors[layer.weight].detach().movedim(layer.axis, 0) for layer in self.layers]
+        weights = [_filters(tensors[layer.weight].detach(), layer.axis, len(layer.rows)) for layer in self.layers]
         return [weight.reshape(len(weight), -1).float() for weight in weights]
 
     def forward(self):
@@ -109,6 +109,14 @@ class ScoreNetwork(nn.Module):
     def _dot(self, q, k):
         parts = zip(q.split(self.heights), k.split(self.heights), self.value, self.bias, strict=True)
         return torch.cat([(a * v) @ b.mean(0) + bias for a, b, v, bias in parts])
+
+
+def _filters(weight, axis, count):
+    """`weight` with its filters along the first axis."""
+    groups = count // weight.shape[axis]
+    if groups > 1:  # of a grouped transposed convolution: (inputs, filters of one group, ...)
+        return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    return weight.movedim(axis, 0)
 
 
 class _Share:
