@@ -1,12 +1,14 @@
 """python -m bench.tables: write the README's measured tables from bench/results/.
 
 A table stands between `<!-- bench: NAME -->` and `<!-- end of bench -->`, where NAME is a file of bench/results/
-without its ending: of `python -m bench`, or of `python -m bench.main_job`. Nothing between them is written by hand.
+without its ending: of `python -m bench`, of `python -m bench.main_job`, or of `python -m bench.paam_job`. Nothing
+between them is written by hand.
 """
 
 import json
 import pathlib
 import re
+import statistics
 import sys
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -26,6 +28,8 @@ def fill(text, results):
 
 def table(stored):
     """A Markdown table of one machine's results, and below it what they were measured with."""
+    if "methods" in stored:
+        return methods(stored)
     if "seeds" in stored:
         return main_job(stored)
     lines = [
@@ -67,6 +71,44 @@ def main_job(stored):
         f"torch {facts['torch']}, {facts['date']}.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def methods(stored):
+    """What `python -m bench.paam_job` stored, a line for each method: mean and, in brackets, lowest to highest seed."""
+    seeds = stored["seeds"].values()
+    lines = [
+        "| | test accuracy, % | parameters left, % | FLOPs left, % | epochs after the first training | seconds |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, title in stored["methods"].items():
+        whole = [run["dense"] for run in seeds]
+        runs = [run[name] for run in seeds]
+        shares = [
+            [100 * run[size] / dense[size] for run, dense in zip(runs, whole, strict=True)]
+            for size in ("params", "flops")
+        ]
+        epochs = [0 if name == "dense" else run["epochs"] for run in runs]
+        cells = [
+            _spread([run["accuracy"] for run in runs], "{:.2f}"),
+            *(_spread(share, "{:.1f}") for share in shares),
+            _spread(epochs, "{:.0f}"),
+            _spread([run["seconds"] for run in runs], "{:.0f}"),
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    facts, numbers = stored["machine"], list(stored["seeds"])
+    told = f"seeds {', '.join(numbers)}" if len(numbers) > 1 else f"seed {numbers[0]}"
+    lines += [
+        "",
+        f"`{stored['command']}`, {told}: mean (lowest to highest); {facts['device']}, {facts['threads']} CPU threads, "
+        f"torch {facts['torch']}, {facts['date']}.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values, shape):
+    """The mean, and the range where there is one."""
+    low, high, mean = (shape.format(value) for value in (min(values), max(values), statistics.fmean(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def _number(value):

@@ -1,44 +1,37 @@
-"""The report of a run of AAP: one self-contained HTML file, its figures inline SVG. The only user of matplotlib."""
+"""The report of a run of AAP: one self-contained HTML file, its figures inline SVG."""
 
-import contextlib
 import datetime
-import io
 import itertools
 import math
-import re
 import statistics
-import warnings
-from importlib import resources
-from xml.etree import ElementTree
 
 import numpy as np
 import torch
 
-import paamops
+from paamops import pages
+from paamops.drawing import (
+    BLUE,
+    DARK,
+    GREY,
+    LIGHT,
+    ORANGE,
+    marker_size,
+    new_figure,
+    require_matplotlib,
+    shortened,
+    sparsity,
+    steps,
+    style,
+    svg,
+)
 from paamops.methods import policy
-from paamops.saving import destination, partial_file
+from paamops.pages import accuracy_text, flops_text, fractions, loss, percent, points_text, printable, whole_and_chosen
 
-# Told apart by those who are colour-blind (Okabe and Ito), and by shape or place as well.
-BLUE, ORANGE, GREY, LIGHT, DARK = "#0072b2", "#d55e00", "#6b6b6b", "#c4c4c4", "#1a1a1a"
 OUTCOMES = {"start": ("D", DARK), "accepted": ("o", BLUE), "rolled back": ("v", ORANGE), "skipped": ("x", GREY)}
 
-WIDTH = 420  # of every figure, in points: its text stays readable on a telephone
 ROWS = 34  # layers in one figure of the attention: it fits on a printed page
 BINS = 60
 DECADES = 5  # of attention that are shown; what is smaller stands at the left edge
-
-STYLE = {
-    "font.family": ["DejaVu Sans"],  # comes with matplotlib, so that the layout is the same everywhere
-    "font.size": 11,
-    "axes.labelsize": "medium",
-    "legend.fontsize": 10.5,
-    "legend.frameon": False,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.parse_math": False,  # a "$" in the name of a layer is a "$"
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "paamops",  # same figure, same ids
-}
 
 
 def write(result, path, rows=None, command=None):
@@ -54,102 +47,28 @@ def write(result, path, rows=None, command=None):
         FileNotFoundError: the folder of `path` is not there. ValueError: `path` is no regular file, or a line of
             `rows` has not four entries.
     """
-    path = destination(path)
-    html = page(result, rows, command, datetime.date.today())
-    partial = partial_file(path)
-    try:
-        partial.write_bytes(html.encode("utf-8"))
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    pages.write(path, lambda: page(result, rows, command, datetime.date.today()))
 
 
 def page(result, rows, command, date):
     """The HTML of the report: the same characters for the same arguments."""
     require_matplotlib()
-    import jinja2
-    from markupsafe import Markup
-
-    rows = before_and_after(result) if rows is None else [tuple(map(printable, row)) for row in rows]
-    for row in rows:
-        if len(row) != 4:
-            raise ValueError(f"rows: {row!r} has {len(row)} entries; a line is (what, before, after, change)")
-    figures = draw(result)
-    recipe = getattr(result.dense, "paamops_recipe", None) or {}
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = (resources.files("paamops") / "templates" / "report.html").read_text(encoding="utf-8")
-    return environment.from_string(text).render(
-        network=printable(recipe.get("name", type(result.dense).__name__)),
+    return pages.render(
+        "report.html",
+        result,
+        rows,
+        command,
+        date,
+        lambda: draw(result),
         asked=asked(result),
         met=result.met,
-        message=printable(result.message),
-        rows=rows,
-        figures={name: Markup(svg) for name, svg in figures.items()},
         parts=attention_parts(len(result.channels.layers)),
-        widths=[width_row(number, layer) for number, layer in enumerate(widths(result), 1)],
         rounds=[round_row(result, each) for each in result.history],
-        chosen=result.chosen,
         limited=result.objective.max_accuracy_drop is not None or bool(result.objective.sizes),
-        command=None if command is None else printable(command),
-        versions={"paamops": paamops.__version__, "torch": torch.__version__},
-        date=date.isoformat(),
     )
-
-
-def require_matplotlib():
-    try:
-        import matplotlib  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "reports and plots need matplotlib, which is not installed: pip install paamops[train]", name="matplotlib"
-        ) from error
 
 
 # --- the words and numbers
-
-
-def printable(value):
-    """`value` as text without control characters and lone surrogates, which no HTML file can hold."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in str(value))
-
-
-def finite(accuracy):
-    """The accuracy, or None where there is none that could be drawn."""
-    return accuracy if accuracy is not None and math.isfinite(accuracy) else None
-
-
-def fractions(result):
-    """Whether `evaluate` gave fractions, which are told as percentages: all its values lie in 0 to 1."""
-    known = [each.accuracy for each in result.history if finite(each.accuracy) is not None]
-    return all(0 <= accuracy <= 1 for accuracy in known)
-
-
-def percent(part, whole):
-    return f"{100 * part / max(whole, 1):.1f} %"
-
-
-def flops_text(flops):
-    return f"{flops / 1e6:,.2f} M" if flops >= 1e5 else f"{flops:,}"
-
-
-def accuracy_text(result, accuracy):
-    if finite(accuracy) is None:
-        return "–"
-    return f"{100 * accuracy:.2f} %" if fractions(result) else f"{accuracy:.4g}"
-
-
-def points_text(result, points, sign=""):
-    """A difference of accuracies."""
-    if not fractions(result):
-        return f"{points:{sign}.4g}"
-    return f"{100 * points:{sign}.2f} points"
-
-
-def whole_and_chosen(result):
-    """The first round and the one whose network `result.model` is."""
-    return result.history[0], next(each for each in result.history if each.number == result.chosen)
 
 
 def asked(result):
@@ -171,54 +90,6 @@ def asked(result):
     return f"{goal} with {' and '.join(limits)}"
 
 
-def before_and_after(result):
-    """The default lines of the first table."""
-    start, chosen = whole_and_chosen(result)
-    whole, left = result.channels.cost(), result.channels.cost(result.keep)
-    lost = loss(start, chosen)
-    rows = [
-        (
-            "validation accuracy",
-            accuracy_text(result, start.accuracy),
-            accuracy_text(result, chosen.accuracy),
-            "–" if lost is None else points_text(result, -lost or 0.0, "+"),
-        )
-    ]
-    for what, before, after, text in (
-        ("parameters", whole.params, left.params, "{:,}".format),
-        ("FLOPs an example", whole.flops, left.flops, flops_text),
-        ("filters", whole.filters, left.filters, "{:,}".format),
-    ):
-        rows.append((what, text(before), text(after), f"{100 * (after - before) / max(before, 1):+.1f} %"))
-    return rows
-
-
-def loss(start, each):
-    """The accuracy lost against round 0, or None where it is not known."""
-    if finite(start.accuracy) is None or finite(each.accuracy) is None:
-        return None
-    return start.accuracy - each.accuracy
-
-
-def widths(result):
-    """For every layer (name, kind, filters before, filters after, whether all of them are pinned)."""
-    channels = result.channels
-    keep, count = channels.check(result.keep), len(channels.layers)
-    before = torch.bincount(channels.filters, minlength=count).tolist()
-    after = torch.bincount(channels.filters[keep[channels.sets]], minlength=count).tolist()
-    free = torch.bincount(channels.filters[~channels.pinned[channels.sets]], minlength=count).tolist()
-    return [
-        (printable(layer.name), layer.kind, b, a, not f)
-        for layer, b, a, f in zip(channels.layers, before, after, free, strict=True)
-    ]
-
-
-def width_row(number, layer):
-    name, kind, before, after, pinned = layer
-    removed = "pinned" if pinned else percent(before - after, before)
-    return number, name, f"{before:,}", f"{after:,}", removed, kind
-
-
 def round_row(result, each):
     whole = result.channels.cost()
     return (
@@ -238,18 +109,6 @@ def round_row(result, each):
 # --- the figures
 
 
-@contextlib.contextmanager
-def style():
-    """matplotlib as it is out of the box, with STYLE; the user's own settings are put back afterwards."""
-    require_matplotlib()
-    import matplotlib.style
-
-    with matplotlib.style.context(STYLE, after_reset=True), warnings.catch_warnings():
-        # A name may have letters that matplotlib's font lacks; the browser finds them.
-        warnings.filterwarnings("ignore", "Glyph", UserWarning)
-        yield
-
-
 def draw(result):
     """The figures of the report by name, as SVG."""
     with style():
@@ -257,14 +116,6 @@ def draw(result):
         for first, last in attention_parts(len(result.channels.layers)):
             figures[f"attention-{first}"] = attention(result, first, last)
         return {name: svg(figure, name) for name, figure in figures.items()}
-
-
-def new_figure(height, panels=1):
-    """A Figure that no backend knows of, and its axes one above the other."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained", facecolor="white")
-    return figure, figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
 
 
 def history(result):
@@ -326,10 +177,6 @@ def draw_rounds(axis, result, values, limit):
     axis.set_axisbelow(True)
 
 
-def marker_size(count):
-    return min(6, max(3.5, 260 / count))
-
-
 def cut(axis, result, values, limit):
     """`values`, but a round that lost nearly everything stands at the top, an arrow and its number beside it: it must
     not flatten all others."""
@@ -345,28 +192,6 @@ def cut(axis, result, values, limit):
         if value > top:
             axis.annotate(f"↑ {value:.3g}", (number, top), (7, 0), textcoords="offset points", va="center", fontsize=10)
     return {number: min(value, top) for number, value in values.items()}
-
-
-def sparsity(result):
-    """The share of filters removed from every layer, in layer order (Fig. 2c)."""
-    layers = widths(result)
-    figure, (axis,) = new_figure(190)
-    numbers = np.arange(1, len(layers) + 1)
-    removed = np.array([100 * (before - after) / max(before, 1) for _, _, before, after, _ in layers])
-    axis.bar(numbers, removed, width=0.8, color=BLUE)
-    pinned = numbers[[pinned for *_, pinned in layers]]
-    if len(pinned):
-        size = marker_size(len(layers))
-        axis.plot(pinned, [0] * len(pinned), "x", color=ORANGE, ms=size, clip_on=False, label="pinned: cannot go")
-        figure.legend(loc="outside upper right")
-    axis.set_ylim(0, 100)
-    axis.set_xlim(0.3, len(layers) + 0.7)
-    axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("layer, numbered as in the table")
-    axis.set_ylabel("filters removed (%)")
-    axis.grid(axis="y", color="#e6e6e6", lw=0.6)
-    axis.set_axisbelow(True)
-    return figure
 
 
 def attention_parts(count):
@@ -436,24 +261,6 @@ def binned(values, edges):
     return np.histogram(np.clip(values[np.isfinite(values)], edges[0], edges[-1]), edges)[0]
 
 
-def steps(parts):
-    """One Path of all the (top, bottom, edges), (BINS,) each, where top and bottom differ."""
-    from matplotlib.path import Path
-
-    vertices, codes = [], []
-    for top, bottom, edges in parts:
-        filled = np.flatnonzero(top != bottom)
-        for run in np.split(filled, np.flatnonzero(np.diff(filled) > 1) + 1):
-            if not len(run):
-                continue
-            x = np.repeat(edges[run[0] : run[-1] + 2], 2)[1:-1]
-            outline = [*zip(x, np.repeat(top[run], 2), strict=True)]
-            outline += reversed([*zip(x, np.repeat(bottom[run], 2), strict=True)])
-            vertices += [*outline, outline[0]]
-            codes += [Path.MOVETO, *[Path.LINETO] * (len(outline) - 1), Path.CLOSEPOLY]
-    return Path(np.array(vertices).reshape(-1, 2), codes)
-
-
 def draw_thresholds(axis, values, low, high, side):
     """A line in every layer's half row, before (side -1) or after (1); beyond the axis an arrowhead at its edge."""
     y = np.arange(len(values))
@@ -481,47 +288,3 @@ def lay_out(axis, low, high, count):
     axis.spines["left"].set_visible(False)
     axis.grid(axis="x", color="#e6e6e6", lw=0.6)
     axis.set_axisbelow(True)
-
-
-def shortened(name, most=22):
-    """The end of a name says more than its beginning."""
-    return name if len(name) <= most else "…" + name[1 - most :]
-
-
-def svg(figure, name):
-    """The figure as an <svg> element for HTML.
-
-    Every id starts with `name`, so that no two figures share one; what only a file of its own needs is gone
-    (namespaces, metadata, a style sheet that would hold for the whole page); it scales; coordinates are to 1/100 point.
-    """
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    root = ElementTree.fromstring(buffer.getvalue())
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if local(child.tag) in ("metadata", "style"):
-                parent.remove(child)
-    for element in root.iter():
-        element.tag = local(element.tag)
-        if element.tag != "text":
-            element.text = None
-        element.tail = None
-        element.attrib = {local(key): value for key, value in element.attrib.items()}
-        for key, value in element.attrib.items():
-            if key == "id":
-                value = f"{name}-{value}"
-            elif key == "href":
-                value = value.replace("#", f"#{name}-")
-            elif key == "d":
-                value = re.sub(r"-?\d+\.\d+", lambda number: f"{round(float(number[0]), 2):g}", " ".join(value.split()))
-            element.set(key, value.replace("url(#", f"url(#{name}-"))
-    for key in ("width", "height", "version"):
-        root.attrib.pop(key, None)
-    root.set("role", "img")
-    root.set("aria-labelledby", f"{name}-caption")
-    return ElementTree.tostring(root, encoding="unicode")
-
-
-def local(name):
-    """The name without its namespace."""
-    return name.rpartition("}")[2]

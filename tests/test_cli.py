@@ -1,6 +1,7 @@
 """The command line, in this process on a small network, and the main job as a user runs it."""
 
 import functools
+import inspect
 import os
 import re
 import signal
@@ -16,6 +17,7 @@ import torch
 
 import paamops
 from paamops import cli, data, pruning, saving, training
+from paamops.methods import paam_run
 
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("sklearn")
@@ -136,6 +138,12 @@ def test_a_network_of_your_own(capsys, tmp_path):
     [
         (["prune", "--params", "1"], "params is 1, but no network meets it"),
         (["prune", "--device", "cuda"], "--device cuda: PyTorch finds no GPU"),
+        (["prune", "--method", "paam", "--params", "1"], "params is 1, but no network meets it"),
+        (["prune", "--method", "paam", "--learn", "21"], "--learn: 21 epochs are more than the 20 of --epochs"),
+        (
+            ["prune", "--method", "paam", "--train-filters", "--learn", "13"],
+            "--learn: 13 epochs from epoch 8 on, where --rewind starts, are more than the 20 of --epochs",
+        ),
         (["prune", "--pinned", "nowhere"], "pinned names 'nowhere'"),
         (["explain", "--pinned", "nowhere"], "pinned names 'nowhere'"),
         (["prune", "--data", "mnist", "--data-root", "nowhere"], "nowhere/MNIST/raw/train-images-idx3-ubyte: no such"),
@@ -184,7 +192,24 @@ def test_an_error_is_one_line(capsys, tmp_path, monkeypatch, arguments, message)
         (["prune", "--method", "aap", "--rewind", "-0.1"], "--rewind: '-0.1' must be at least 0 and below 1"),
         (["prune", "--method", "aap", "--trained"], "--trained: needs --model package.module:function"),
         (["prune", "--method", "aap", "--trained", "--model", "vgg16"], "--trained: needs --model package.module:f"),
-        (["prune", "--method", "paam"], "--method: invalid choice: 'paam'"),
+        (["prune", "--method", "best"], "--method: invalid choice: 'best'"),
+        (["prune", "--learn", "2"], "--learn: not for --method once"),
+        (["prune", "--method", "aap", "--lambda", "0"], "--lambda: not for --method aap"),
+        (["prune", "--method", "aap", "--train-filters"], "--train-filters: not for --method aap"),
+        (["prune", "--method", "aap", "--finetune-epochs", "0"], "--finetune-epochs: not for --method aap"),
+        (["prune", "--method", "paam", "--finetune-epochs", "0"], "--finetune-epochs: not for --method paam"),
+        (["prune", "--method", "paam", "--max-accuracy-drop", "0"], "--max-accuracy-drop: not for --method paam"),
+        (["prune", "--method", "paam", "--minimise", "flops"], "--minimise: not for --method paam"),
+        (["prune", "--method", "paam", "--rewind-weights"], "--rewind-weights: not for --method paam"),
+        (["prune", "--method", "paam", "--params", "1", "--flops", "1"], "--flops: not allowed with --params; only"),
+        (["prune", "--method", "paam", "--epochs", "0"], "--epochs: '0' must be at least 1 for --method paam"),
+        (["prune", "--method", "paam", "--learn", "0"], "--learn: '0' must be at least 1"),
+        (["prune", "--method", "paam", "--lambda", "-1"], "--lambda: '-1' must be a finite number of at least 0"),
+        (["prune", "--method", "paam", "--lambda", "inf"], "--lambda: 'inf' must be a finite number of at least 0"),
+        (["prune", "--method", "paam", "--lambda", "nan"], "--lambda: 'nan' must be a finite number of at least 0"),
+        (["prune", "--method", "paam", "--resume"], "--resume: needs --state"),
+        (["prune", "--method", "paam", "--trained"], "--trained: needs --model package.module:function"),
+        (["prune", "--method", "paam", "--report", "a", "--no-report"], "not allowed with --no-report"),
         (["prune", "--params", "half"], "--params: 'half' is neither a fraction"),
         (["prune", "--params", "1.5"], "--params: '1.5' is neither a fraction"),
         (["prune", "--flops", "0"], "--flops: '0' is neither a fraction"),
@@ -277,6 +302,88 @@ def test_defaults_of_aap_on_the_digits(rounds):
     assert (rounds.plan.epochs, rounds.plan.batch_size, rounds.settings["rewind"]) == (20, 32, 0.4)
     assert cli.main([*AAP, "--batch-size", "50", "--epochs", "5", "--rewind", "0.2"]) == 0
     assert (rounds.plan.epochs, rounds.plan.batch_size, rounds.settings["rewind"]) == (5, 50, 0.2)
+
+
+PAAM = ["prune", "--method", "paam", "--model", "lenet5", "--device", "cpu"]
+
+
+@pytest.fixture
+def learned(monkeypatch):
+    """PAAM without its work: what it was given."""
+    seen = types.SimpleNamespace()
+
+    def prune_by_scores(model, dataset, fabric, plan, budget, say, quiet, **settings):
+        seen.plan, seen.budget, seen.settings, seen.quiet = plan, budget, settings, quiet
+        report = lambda path, rows, command: Path(path).write_text(command)  # noqa: E731
+        return types.SimpleNamespace(dense=model, model=model, message="Half is gone.", report=report)
+
+    monkeypatch.setattr(pruning, "prune_by_scores", prune_by_scores)
+    monkeypatch.setattr(pruning, "report", lambda *_: [("test accuracy", "99.00 %", "98.00 %", "-1.00 points")])
+    return seen
+
+
+def test_defaults_of_paam(capsys, tmp_path, learned, monkeypatch):
+    assert cli.main(PAAM) == 0
+    assert (learned.plan.epochs, learned.plan.batch_size, learned.plan.schedule.rate) == (20, 32, 0.01)
+    assert learned.budget == {"params": 0.5}
+    expected = {"rewind": 0.4, "rounds": 3, "learn": 6, "frozen": True, "trained": False, "pinned": []}
+    assert learned.settings == expected | {"state": None, "resume": False}
+    assert "Half is gone." in capsys.readouterr().out
+    assert (tmp_path / "runs" / "lenet5-digits.html").read_text() == f"python -m paamops {' '.join(PAAM)}"
+    elsewhere = data.load("digits")
+    monkeypatch.setattr(data, "load", lambda *_: elsewhere)
+    assert cli.main([*PAAM, "--data", "mnist"]) == 0  # the papers' schedule
+    assert (learned.plan.epochs, learned.plan.batch_size, learned.plan.schedule.rate) == (100, 256, 0.02)
+    assert (learned.settings["rewind"], learned.settings["learn"]) == (0.5, 30)
+
+
+def test_options_of_paam(capsys, tmp_path, learned):
+    words = "--filters 0.25 --epochs 9 --batch-size 50 --learn 4 --lambda 0.5 --rewind 0.2 --rounds 2 --train-filters"
+    more = "--pinned conv1 --state kept --resume --compiled --quiet --no-report"
+    assert cli.main([*PAAM, *words.split(), *more.split()]) == 0
+    assert (learned.plan.epochs, learned.plan.batch_size, learned.plan.compiled) == (9, 50, True)
+    assert learned.budget == {"filters": 0.25, "penalty": 0.5}
+    expected = {"rewind": 0.2, "rounds": 2, "learn": 4, "frozen": False, "trained": False, "pinned": ["conv1"]}
+    assert learned.settings == expected | {"state": "kept", "resume": True}
+    assert learned.quiet
+    assert len(capsys.readouterr().out.splitlines()) == 2  # the table
+    assert not (tmp_path / "runs" / "lenet5-digits.html").exists()
+    assert cli.main([*PAAM, "--weights", "runs/lenet5-digits.safetensors", "--flops", "0.3"]) == 0
+    assert learned.settings["trained"]
+    assert learned.plan.epochs == 20
+
+
+def test_defaults_are_those_of_the_library():
+    given = inspect.signature(paam_run.run).parameters
+    assert (given["rewind"].default, given["rounds"].default) == (cli.PAAM_REWIND, cli.PAAM_ROUNDS)
+
+
+def test_paam_of_the_real_thing(capsys, tmp_path):
+    """Scores, a packed network, its report; the same run twice is the same, and one that is done is not done again."""
+    words = [*PAAM, "--epochs", "2", "--learn", "1", "--rounds", "2", "--params", "0.3"]
+    texts = []
+    for name in ("one", "two"):
+        assert cli.main([*words, "--out", name, "--state", f"state-{name}"]) == 0
+        texts.append(capsys.readouterr())
+    assert texts[0].err == ""
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert columns(texts[0].out, "parameters")[2] <= -70
+    assert "round 2: threshold" in texts[0].out
+    small = saving.load(tmp_path / "one")
+    digits = data.load("digits")
+    accuracy = 100 * training.accuracy(small, digits, digits.test)
+    assert columns(texts[0].out, "test accuracy")[1] == pytest.approx(accuracy, abs=0.01)
+    assert "Scores and the threshold" in (tmp_path / "one.html").read_text()
+    assert cli.main([*words, "--out", "three", "--state", "state-one"]) == 1
+    assert "holds a run; resume it" in capsys.readouterr().err
+    assert cli.main([*words, "--out", "three", "--state", "state-one", "--resume"]) == 0
+    assert "round 2" not in capsys.readouterr().out
+    assert (tmp_path / "three").read_bytes() == (tmp_path / "one").read_bytes()
+
+
+def test_a_network_scored_with_its_filters_training(capsys):
+    assert cli.main([*PAAM, "--epochs", "2", "--rounds", "1", "--rewind", "0", "--train-filters", "--no-report"]) == 0
+    assert columns(capsys.readouterr().out, "parameters")[2] <= -50
 
 
 @pytest.mark.parametrize(
@@ -447,6 +554,9 @@ def test_ctrl_c_of_a_run_that_is_kept(capsys, monkeypatch):
     assert capsys.readouterr().err == "paamops: interrupted; the same command with --resume goes on\n"
     assert cli.main(AAP) == 130
     assert capsys.readouterr().err == "paamops: interrupted\n"
+    monkeypatch.setattr(pruning, "prune_by_scores", interrupt)
+    assert cli.main([*PAAM, "--state", "kept"]) == 130
+    assert capsys.readouterr().err == "paamops: interrupted; the same command with --resume goes on\n"
 
 
 def test_ctrl_c_while_the_arguments_are_read(capsys, monkeypatch):
@@ -503,9 +613,10 @@ def test_main_job(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
+@pytest.mark.parametrize("words", [TINY, [*PAAM, "--params", "0.3", "--epochs", "3", "--rounds", "1", "--no-report"]])
+def test_two_processes(tmp_path, words):
     done = subprocess.run(
-        command(*TINY, "--processes", "2", "--quiet"), capture_output=True, text=True, timeout=300, check=False
+        command(*words, "--processes", "2", "--quiet"), capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 7  # one table, not two

@@ -1,5 +1,6 @@
 """The recipes: commands that the command line takes, a runner that stops and goes on, a comparison that adds up."""
 
+import dataclasses
 import importlib
 import json
 import signal
@@ -9,10 +10,12 @@ import textwrap
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from bench.recipes import RECIPES
-from paamops import cli, training
+from paamops import cli, pruning, training
+from paamops.data import cifar
 
 runner = importlib.import_module("bench.recipes.__main__")
 
@@ -53,8 +56,15 @@ def test_the_command_line_takes_each_recipe(name, folder):
     parsed = runner._parser().parse_args([name, "--data-root", "d"])
     args = cli.parser().parse_args(runner.command(name, recipe, parsed, ["--compiled"]))
     cli.check_method(args)
-    assert (args.method, args.model, args.data, args.minimise) == ("aap", recipe.model, "cifar10", recipe.minimise)
-    assert args.max_accuracy_drop == pytest.approx(recipe.drop / 100)
+    model, method, *target = name.split("-")
+    assert (args.method, args.model, args.data) == (method, model, "cifar10")
+    if method == "aap":
+        assert args.minimise == {"p": "params", "f": "flops"}[target[0]]
+        assert args.max_accuracy_drop == pytest.approx(int(target[1]) / 100)
+        assert args.params is None
+    else:
+        assert args.params == pytest.approx(1 - recipe.paper[1] / 100)
+        assert (args.flops, args.filters, args.train_filters) == (None, None, False)
     assert args.resume
     assert args.compiled
     assert args.device == "cuda"
@@ -120,6 +130,57 @@ def test_a_recipe_without_figures_in_the_paper(folder, monkeypatch, capsys):
     stored = json.loads((folder / "results" / "recipe-vgg16-aap-p-0.json").read_text())
     assert stored["paper"] == {"accuracy": 93.64, "reached": None}
     assert stored["difference"] == {"accuracy": -0.64}
+
+
+def test_a_recipe_of_paam_without_flops_in_the_paper(folder, monkeypatch, capsys):
+    pretend(monkeypatch, 0, TABLE)
+    assert runner.main(["resnet56-paam", *options(folder)[1:]]) == 0
+    stored = json.loads((folder / "results" / "recipe-resnet56-paam.json").read_text())
+    reached = {"accuracy_drop": -1.02, "params_removed": 52.3, "flops_removed": None}
+    assert stored["paper"] == {"accuracy": None, "reached": reached}
+    assert stored["difference"] == {"accuracy_drop": 1.52, "params_removed": 22.7}
+    out = capsys.readouterr().out
+    assert "accuracy unpruned, %         93.00         -           -" in out
+    assert "accuracy drop, points         0.50     -1.02       +1.52" in out
+    assert "FLOPs removed, %             60.00         -           -" in out
+
+
+def test_a_recipe_of_paam_runs_and_goes_on(folder, monkeypatch, capsys):
+    """The real command on a few made-up images and a smaller network: cut in the retraining, then to the end."""
+    pytest.importorskip("lightning_fabric")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(cifar, "IMAGES", 30)
+    monkeypatch.setattr(pruning, "latency", lambda models, images: [1.0, 1.0])
+    images, random = folder / "cifar-10-batches-bin", np.random.default_rng(0)
+    images.mkdir()
+    for number in (*range(1, 6), "test"):
+        records = random.integers(0, 256, (30, cifar.RECORD))
+        records[:, 0] = random.integers(0, 10, 30)
+        name = f"data_batch_{number}.bin" if number != "test" else "test_batch.bin"
+        records.astype(np.uint8).tofile(images / name)
+    recipe = dataclasses.replace(RECIPES["resnet110-paam"], model="lenet5")
+    words = ["--data-root", str(folder), "--device", "cpu", "--runs", str(folder / "runs")]
+    parsed = runner._parser().parse_args(["resnet110-paam", *words])
+    call = runner.command("resnet110-paam", recipe, parsed, ["--epochs", "2", "--batch-size", "15", "--rounds", "1"])
+    train, labels = training.train, []
+
+    def cut(*arguments, **settings):
+        labels.append(settings["label"])
+        if len(labels) == 3:
+            raise KeyboardInterrupt
+        return train(*arguments, **settings)
+
+    monkeypatch.setattr(training, "train", cut)
+    assert cli.main(call) == 130
+    run = folder / "runs" / "resnet110-paam"
+    assert "0 rounds; validation accuracy" in runner.progress(run)
+    assert cli.main(call) == 0
+    assert labels == ["training", "learning scores", "training", "training"]  # what was done is not done again
+    assert "1 rounds; validation accuracy" in runner.progress(run)
+    rows = runner.table(capsys.readouterr().out.splitlines())
+    compared = runner.compare(recipe, rows)
+    assert 54 <= compared["reached"]["params_removed"] < 60
+    assert {"state", "model.safetensors", "report.html"} <= {path.name for path in run.iterdir()}
 
 
 @pytest.mark.parametrize(("code", "text"), [(1, TABLE), (0, "no table")])

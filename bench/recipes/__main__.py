@@ -66,8 +66,7 @@ def command(name, recipe, options, extra=()):
     """The words after `python -m paamops`."""
     state = Path(options.runs) / name
     return [
-        *("prune", "--method", "aap", "--model", recipe.model, "--data", "cifar10", "--data-root", options.data_root),
-        *("--max-accuracy-drop", str(recipe.drop), "--minimise", recipe.minimise),
+        *("prune", "--model", recipe.model, "--data", "cifar10", "--data-root", options.data_root, *recipe.words),
         *("--device", options.device, "--precision", options.precision),
         *("--state", str(state / "state"), "--resume"),
         *("--out", str(state / "model.safetensors"), "--report", str(state / "report.html")),
@@ -128,7 +127,11 @@ def progress(state):
     """How far a run is, as its folder tells."""
     rounds = history(state)
     parts = [f"{spend(state, 0) / 60:.0f} minutes in all"]
-    if rounds:
+    if rounds and "outcome" not in rounds[0]:  # of PAAM
+        *_, last = rounds
+        parts.append(f"{len(rounds) - 1} rounds; validation accuracy {last['accuracy']:.2%} after the last")
+        parts[-1] += f" ({rounds[0]['accuracy']:.2%} unpruned)"
+    elif rounds:
         kept = [entry for entry in rounds if entry["outcome"] in ("start", "accepted")]
         least, whole = min(kept, key=lambda entry: entry["params"] + entry["flops"]), rounds[0]
         parts.append(
@@ -182,13 +185,14 @@ def compare(recipe, rows):
     ours = (accuracy[0] - accuracy[1], *(100 * (1 - after / before) for before, after in (params, flops)))
     paper = dict(zip(keys, recipe.paper, strict=True)) if recipe.paper else None
     reached = {key: round(value, 2) for key, value in zip(keys, ours, strict=True)}
+    differences = {} if recipe.accuracy is None else {"accuracy": accuracy[0] - recipe.accuracy}
+    differences |= {key: reached[key] - paper[key] for key in keys if paper and paper[key] is not None}
     return {
         "before": {"accuracy": accuracy[0], "params": params[0], "mflops": flops[0]},
         "after": {"accuracy": accuracy[1], "params": params[1], "mflops": flops[1]},
         "reached": reached,
         "paper": {"accuracy": recipe.accuracy, "reached": paper},
-        "difference": {"accuracy": round(accuracy[0] - recipe.accuracy, 2)}
-        | {key: round(reached[key] - paper[key], 2) for key in keys if paper},
+        "difference": {key: round(value, 2) for key, value in differences.items()},
     }
 
 
@@ -199,7 +203,8 @@ def told(result):
     here = {"accuracy": result["before"]["accuracy"], **result["reached"]}
     names = ("accuracy unpruned, %", "accuracy drop, points", "parameters removed, %", "FLOPs removed, %")
     for key, name in zip(here, names, strict=True):
-        theirs = (f"{paper[key]:.2f}", f"{result['difference'][key]:+.2f}") if key in paper else ("-", "-")
+        known = paper.get(key) is not None
+        theirs = (f"{paper[key]:.2f}", f"{result['difference'][key]:+.2f}") if known else ("-", "-")
         lines.append(f"{name:24}{here[key]:>10.2f}{theirs[0]:>10}{theirs[1]:>12}")
     return "\n".join(lines)
 
