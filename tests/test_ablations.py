@@ -12,7 +12,7 @@ from torch import nn
 import paamops
 from bench import harness
 from bench.ablations import __main__ as command
-from bench.ablations import pruning, scores, spread, stability, tables, thresholds, workshop
+from bench.ablations import paam, pruning, scores, spread, stability, tables, thresholds, workshop
 from tests.networks import Plain
 from tests.tolerances import assert_close
 
@@ -175,6 +175,7 @@ TINY = workshop.Scale(
     epochs=4,
     batch_size=20,
     scored=32,
+    learn=2,
     seeds=2,
     removed=(0.5,),
     rounds=(0.3, 0.6),
@@ -219,6 +220,11 @@ VARIANTS = {
     "layer-aware": ["one threshold", "layer-aware"],
     "rewinding": [f"epoch {epoch}, weights {weights}" for epoch in (1, 3) for weights in ("kept", "rewound")],
     "stability": [f"{a} and {b}" for a, b in stability.KINDS] + ["orders of p = 2", "orders of p = 4"],
+    "paam-criterion": ["learned", "l1", "l1 / size", "activation attention", "random"],
+    "paam-lambda": ["automatic", "0.3", "1", "3", "6", "12"],
+    "paam-attention": list(paam.SCORINGS),
+    "paam-gate": ["free", "explicit"],
+    "paam-frozen": [*paam.FROZEN, "filters train, and are kept"],
 }
 
 
@@ -280,6 +286,104 @@ def test_distance_shrinks_with_the_epoch(measured):
     runs = {run["variant"]: run for run in measured("rewinding")["runs"] if run["seed"] == 0}
     assert runs["epoch 3, weights kept"]["distance"] < runs["epoch 1, weights kept"]["distance"]
     assert runs["epoch 1, weights rewound"]["before"] != runs["epoch 1, weights kept"]["before"]
+
+
+@pytest.fixture
+def normed():
+    """A network with batch norms for the digits, as a Dense."""
+    blocks = [
+        layer
+        for a, b in ((1, 6), (6, 8))
+        for layer in (nn.Conv2d(a, b, 3, stride=2, bias=False), nn.BatchNorm2d(b), nn.ReLU())
+    ]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)).eval()
+    return workshop.Dense(7, model, paamops.trace(model, torch.randn(2, 1, 32, 32)), 0.5, {})
+
+
+@pytest.mark.parametrize(("filters", "norms"), paam.FROZEN.values())
+def test_learning_changes_what_it_says(shop, normed, filters, norms):
+    before = {name: tensor.clone() for name, tensor in normed.model.state_dict().items()}
+    network = paam.embedded(shop, normed, 0.5)
+    assert sum(1 for _ in paam.steps(shop, 7, network, filters, norms)) == network.steps == 2 * shop.steps()
+    assert not torch.equal(network.learned(), torch.ones_like(network.learned()))
+    changed = {name for name, tensor in network.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    buffers = {name for name, _ in normed.model.named_buffers()}
+    parameters = {name for name, _ in normed.model.named_parameters()}
+    assert all((parameter.grad is None) != filters for parameter in network.model.parameters())
+    assert changed == (parameters if filters else set()) | (buffers if norms else set())
+    assert not network.model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in normed.model.state_dict().items())
+
+
+def test_equal_settings_learn_once(shop, normed):
+    shop = workshop.Workshop("digits", scale=TINY)
+    first = paam.learned(shop, normed, 0.5, slope=0.1)
+    assert paam.learned(shop, normed, 0.5, slope=0.1) is first
+    assert not any(paam.learned(shop, normed, 0.5, **other) is first for other in ({}, {"slope": 0.01}))
+    again = paam.learned(workshop.Workshop("digits", scale=TINY), normed, 0.5, slope=0.1)
+    assert again[1] == first[1]
+    assert torch.equal(again[0].keep, first[0].keep)
+
+
+def test_a_sweep_holds_lambda_fixed(measured):
+    runs = measured("paam-lambda")["runs"]
+    fixed = [run for run in runs if run["variant"] != "automatic"]
+    assert all(run["lambda"] == float(run["variant"]) for run in fixed)
+    found = [run["lambda"] for run in runs if run["variant"] == "automatic"]
+    assert all(value in (pytest.approx(1 / 1.1, abs=1e-5), pytest.approx(1.1)) for value in found)  # six steps
+    for seed in (0, 1):
+        limits = [run["threshold"] for run in fixed if run["seed"] == seed]
+        assert limits[0] > limits[-1]
+
+
+def test_both_gates_learn_the_same(measured):
+    free, explicit = (
+        [run for run in measured("paam-gate")["runs"] if run["variant"] == variant] for variant in ("free", "explicit")
+    )
+    assert all(run["gradient"] == run["difference"] == 0 for run in free)
+    assert all(0 < run["gradient"] < 1e-4 for run in explicit)  # other sums, and so other rounding
+    assert all(run["difference"] < 1e-3 for run in explicit)
+    assert all(run["milliseconds"] > 0 for run in free + explicit)
+
+
+def test_thinnest_layer_by_hand(plain):
+    model, channels, _ = plain
+    found = torch.cat([torch.linspace(0.5, 1, len(layer.weight)) for layer in layers(model)])
+    found[1:8] = 0.1  # of the first layer one of eight stays
+    selection = paamops.select(channels, found, threshold=0.2)
+    dense = workshop.Dense(0, model, channels, 0.5, {})
+    assert paam.extras(dense, selection, {"scored": 1.0}) == {"scored": 1.0, "thinnest": 1 / 8}
+
+
+def test_small_figures_keep_their_digits():
+    assert command._rounded([1.23456789e-7, 0.123456789, (1, 0.0)]) == [1.23e-7, 0.12346, [1, 0.0]]
+
+
+def test_columns_of_what_was_learned():
+    base = {"seed": 0, "removed": 0.7, "params_removed": 0.7, "flops_removed": 0.3, "dense": 0.9, "before": 0.5}
+    runs = [
+        base | {"variant": "learned", "after": 0.8, "lambda": 2.0, "scored": 0.85, "thinnest": 0.25},
+        base | {"variant": "l1", "before": 0.4, "after": 0.6, "thinnest": 0.125},
+    ]
+    head, _, *rows = tables.comparison({"ablation": "paam-criterion", "runs": runs})
+    assert "| thinnest layer keeps | λ at the end | accuracy with scores | accuracy before" in head
+    assert "| learned | 30.00 % | 25.00 % | 2 | 85.00 % | 50.00 % |  | 80.00 % |  |  |" in rows[0]
+    assert "| l1 | 30.00 % | 12.50 % |  |  | 40.00 % | -10.00 | 60.00 % | -20.00 | one seed |" in rows[1]
+    assert tables.spanned([1.0, 3.0]) == "2 (1 to 3)"
+    assert tables.whole([101.0, 153.4]) == "127 (101 to 153)"
+
+
+def test_command_takes_the_scale_of_the_ablation(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(command, "measure", lambda name, shop: seen.append((name, shop)) or {"ablation": name})
+    monkeypatch.setattr(command, "table", lambda stored: "")
+    monkeypatch.setattr(command, "save", lambda path, stored: None)
+    command.main(["paam-gate", "mapping", "paam-frozen", "--data", "digits", "--out", str(tmp_path)])
+    (_, gate), (_, mapping), (_, frozen) = seen
+    assert [name for name, _ in seen] == ["paam-gate", "mapping", "paam-frozen"]
+    assert gate is frozen
+    assert gate.scale == paam.SCALES["digits"]
+    assert mapping.scale == workshop.SCALES["digits"]
 
 
 def test_noise_is_no_image(shop):

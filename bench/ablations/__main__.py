@@ -1,4 +1,4 @@
-"""python -m bench.ablations NAME ...: ablations of AAP on real images; the runs go to bench/results/."""
+"""python -m bench.ablations NAME ...: ablations of AAP and PAAM on real images; the runs go to bench/results/."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ import time
 import torch
 
 from bench import machine
-from bench.ablations import pruning, stability
+from bench.ablations import paam, pruning, stability
 from bench.ablations.tables import table
 from bench.ablations.workshop import SCALES, Workshop
 from paamops import cli
@@ -24,6 +24,11 @@ NAMES = {
     "layer-aware": pruning.layer_aware,
     "rewinding": pruning.rewinding,
     "stability": stability.stability,
+    "paam-criterion": paam.criterion,
+    "paam-lambda": paam.penalties,
+    "paam-attention": paam.scoring,
+    "paam-gate": paam.gate,
+    "paam-frozen": paam.frozen,
 }
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
@@ -33,11 +38,14 @@ def main(arguments=None):
     options = _parser().parse_args(arguments)
     if options.threads:
         torch.set_num_threads(options.threads)
-    scale = SCALES[options.data]
-    if options.seeds:
-        scale = dataclasses.replace(scale, seeds=options.seeds)
-    shop = Workshop(options.data, options.data_root, scale)
+    shops = {}  # one for each scale
     for name in NAMES if "all" in options.names else dict.fromkeys(options.names):
+        scale = (paam.SCALES if name.startswith("paam") else SCALES)[options.data]
+        if options.seeds:
+            scale = dataclasses.replace(scale, seeds=options.seeds)
+        if scale not in shops:
+            shops[scale] = Workshop(options.data, options.data_root, scale)
+        shop = shops[scale]
         stored = measure(name, shop)
         print(f"{name}, {options.data}\n{table(stored)}", flush=True)
         path = pathlib.Path(options.out) / f"ablation-{name}-{options.data}.json"
@@ -81,9 +89,12 @@ def dump(stored):
 
 
 def _rounded(value):
-    """Floats of five places, lists in place of tuples: accuracies are counts of a few thousand images."""
+    """Floats of five places, small ones of three digits; lists in place of tuples.
+
+    Accuracies are counts of a few thousand images; small are thresholds and rounding errors.
+    """
     if isinstance(value, float):
-        return round(value, 5)
+        return round(value, 5) if abs(value) >= 1e-3 else float(f"{value:.3g}")
     if isinstance(value, dict):
         return {key: _rounded(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -14,7 +14,17 @@ from bench.ablations.spread import deviation, interval, mean, told_apart
 HERE = pathlib.Path(__file__).parent
 MARKED = re.compile(r"(<!-- ablation: (\S+) -->\n).*?(<!-- end of ablation -->)", re.DOTALL)
 # What the others are held against.
-BASE = {"mapping": "mean, p = 1", "order": "image first", "criterion": "attention", "layer-aware": "one threshold"}
+BASE = {
+    "mapping": "mean, p = 1",
+    "order": "image first",
+    "criterion": "attention",
+    "layer-aware": "one threshold",
+    "paam-criterion": "learned",
+    "paam-lambda": "automatic",
+    "paam-attention": "additive, leaky exponential, slope 0.01",
+    "paam-frozen": "frozen",
+    "paam-gate": "free",
+}
 # The paper, §4.4: accuracy against mean, p = 1, in points, of VGG-16 on CIFAR-10 without 57.73 % of its parameters.
 PAPER = {"max, p = 1": -0.13, "sum, p = 1": -0.25, "mean, p = 2": -0.04, "mean, p = 4": -0.09}
 
@@ -48,12 +58,15 @@ def table(stored):
 def comparison(stored):
     """Variants at equal sizes, held against one of them."""
     base = BASE[stored["ablation"]]
-    paper = stored["ablation"] == "mapping"
+    paper, of_paam = stored["ablation"] == "mapping", stored["ablation"].startswith("paam")
+    more = {key: cells for key, cells in LEARNED.items() if of_paam and any(key in run for run in stored["runs"])}
     head = [
         "parameters removed",
         "variant",
         "FLOPs removed",
+        *(head for head, _ in more.values()),
         "accuracy before retraining",
+        *([f"against {base}, points"] if of_paam else []),
         "after",
         f"against {base}, points",
         "told apart",
@@ -62,14 +75,16 @@ def comparison(stored):
     for removed in unique(stored["runs"], "removed"):
         runs = [run for run in stored["runs"] if run["removed"] == removed]
         for variant in unique(runs, "variant"):
-            own = by_seed(runs, variant)
+            own, other = by_seed(runs, variant), by_seed(runs, base_of(stored["ablation"], variant))
             row = [
                 percent([run["params_removed"] for run in own.values()]),
                 variant,
                 percent([run["flops_removed"] for run in own.values()]),
-                percent([run["before"] for run in own.values()]),
+                *(shown([run[key] for run in own.values() if key in run]) for key, (_, shown) in more.items()),
+                percent([run["before"] for run in own.values()], spread=of_paam),
+                *(against(own, other, "before")[:1] if of_paam else ()),
                 percent([run["after"] for run in own.values()], spread=True),
-                *against(own, by_seed(runs, base_of(stored["ablation"], variant))),
+                *against(own, other),
             ]
             if paper:
                 row.append(f"{PAPER[variant]:+.2f}" if variant in PAPER and removed == 0.5773 else "")
@@ -159,6 +174,8 @@ def facts(stored):
     seeds = unique(runs, "seed")
     dense = {run["seed"]: run["dense"] for run in runs if "dense" in run}
     trained = f", unpruned accuracy {percent(list(dense.values()), spread=True)}" if dense else ""
+    if stored["ablation"].startswith("paam"):
+        trained = f", scores learned for {settings['learn']} epochs{trained}"
     rewound = round(settings["rewind"] * settings["epochs"])
     retrained = "" if stored["ablation"] in ("rewinding", "stability") else f", retrained from epoch {rewound}"
     images = f"{settings['train']:,} training images" + (f" and {settings['test']:,} test images" if dense else "")
@@ -169,11 +186,11 @@ def facts(stored):
     )
 
 
-def against(own, base):
+def against(own, base, key="after"):
     """The cells for the paired differences of two variants: their mean and 95 % interval, and whether it excludes 0."""
     if own == base:
         return "", ""
-    differences = [run["after"] - base[seed]["after"] for seed, run in own.items()]
+    differences = [run[key] - base[seed][key] for seed, run in own.items()]
     known = len(differences) > 1
     return points(differences), ("yes" if told_apart(differences) else "no") if known else "one seed"
 
@@ -199,6 +216,37 @@ def points(differences):
     """The mean of differences of accuracies in points, and half the width of its 95 % interval."""
     half = interval(differences)
     return f"{100 * mean(differences):+.2f}{plus_minus(None if half is None else 100 * half, '.2f')}"
+
+
+def spanned(values, shape=".2g"):
+    """The mean of a few values and their range; nothing where there are none."""
+    if not values:
+        return ""
+    low, high = f"{min(values):{shape}}", f"{max(values):{shape}}"
+    return low if low == high else f"{mean(values):{shape}} ({low} to {high})"
+
+
+def whole(values):
+    """The same in whole numbers."""
+    return spanned(values, ".0f")
+
+
+def share(values):
+    """The mean of shares, or nothing where there are none."""
+    return percent(values) if values else ""
+
+
+# What the runs of PAAM's ablations have besides: key -> (head of the column, the cell from the values of all seeds).
+LEARNED = {
+    "thinnest": ("thinnest layer keeps", share),
+    "lambda": ("λ at the end", spanned),
+    "threshold": ("threshold", spanned),
+    "milliseconds": ("ms a step", whole),
+    "gradient": ("first gradient differs by", spanned),
+    "difference": ("scores differ by", spanned),
+    "same": ("kept sets in common", share),
+    "scored": ("accuracy with scores", share),
+}
 
 
 def plus_minus(value, shape):

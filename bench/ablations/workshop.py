@@ -25,6 +25,7 @@ class Scale:
     batch_size: int
     decays: tuple | None = None  # epochs of the paper's schedule; None: its own
     scored: int = 256  # training images in the batch that scores are taken on
+    learn: int = 6  # epochs that PAAM learns scores for
     rewind: float = 0.5  # the part of training that retraining starts from, where that is not what is varied
     seeds: int = 5
     removed: tuple = (PAPER[1], 0.95)  # shares of the parameters that one-shot pruning removes
@@ -67,6 +68,7 @@ class Workshop:
         self.schedule = schedule
         self.example = self.dataset.normalise(self.dataset.train.images[:1])
         self._dense, self._retrained = {}, {}
+        self.learned = {}  # by seed and settings, filled by bench.ablations.paam
 
     def dense(self, seed):
         """The Dense of this seed."""
