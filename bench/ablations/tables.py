@@ -21,7 +21,7 @@ BASE = {
     "layer-aware": "one threshold",
     "paam-criterion": "learned",
     "paam-lambda": "automatic",
-    "paam-attention": "additive, leaky exponential, slope 0.01",
+    "paam-attention": "additive, leaky exponential, slope 0.1",
     "paam-frozen": "frozen",
     "paam-gate": "free",
 }

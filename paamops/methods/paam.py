@@ -14,8 +14,9 @@ from paamops.methods.score_network import ACTIVATIONS, ATTENTIONS, ScoreNetwork
 from paamops.packing import pack
 from paamops.selection import absolute, select
 
-# An automatic λ starts at 1, and every few steps grows or shrinks by a tenth.
-EVERY, GROWTH = 5, 1.1
+# An automatic λ starts at 1; every few steps it is multiplied by (share of the budget that is open / AIM)^POWER. Below
+# the budget, since the lowest of the high scores say little, and the highest of the low ones much.
+EVERY, AIM, POWER = 5, 0.9, 0.1
 FLOAT = torch.finfo(torch.float32)
 OPEN = 0.5  # a filter with a higher score counts as kept when λ is adapted
 
@@ -45,10 +46,11 @@ class PAAM:
         model: nn.Module, trained or not.
         example_inputs: what `trace` takes.
         params, flops, filters: the budget, one of them: a float in (0, 1] is the share that stays, an int the number.
-        penalty: λ ≥ 0, or None: found while the scores are learned. It grows as long as the filters whose scores are
-            above ½ cost more than the budget, and shrinks else, so that the threshold falls between high scores and low
-            ones. (The paper does not give λ. Too low a λ leaves more filters at 1 than the budget holds, too high a one
-            drives all scores to 0; in between lies less than a factor of 4, elsewhere for each network and budget.)
+        penalty: λ ≥ 0, or None: found while the scores are learned. Every five steps it is multiplied by (c / 0.9)^0.1,
+            c what the filters with scores above ½ cost as a share of the budget, so that the threshold comes to lie
+            between high scores and low ones. (The paper does not give λ. Too low a λ leaves more filters at 1 than the
+            budget holds, too high a one drives all scores to 0; in between lies less than a factor of 4, elsewhere for
+            each network and budget: bench/ablations has the sweep.)
         width, attention, activation, slope, temperature: of the ScoreNetwork.
         gate: "free": the scores fold into batch norms and into the weights that read the activations. "explicit": they
             multiply the activations, for comparison.
@@ -80,7 +82,7 @@ class PAAM:
         width=32,
         attention="additive",
         activation="leaky_exponential",
-        slope=0.01,
+        slope=0.1,
         temperature=1.0,
         gate="free",
         pinned=(),
@@ -124,7 +126,7 @@ class PAAM:
         if torch.is_grad_enabled():
             self.steps += 1
             if self.automatic and self.steps % EVERY == 0:
-                self.lambda_ *= GROWTH if self._open_cost_exceeds(scores.detach()) else 1 / GROWTH
+                self.lambda_ *= (self._open_share(scores.detach()) / AIM) ** POWER
         on = self.gates.placed if self.gate == "free" else self.gates.explicit
         with on(self.model, scores[self.first.to(scores.device)]):
             yield scores
@@ -178,10 +180,11 @@ class PAAM:
             raise ValueError("the scores are not finite: the attention network has diverged; lower its learning rate")
         return scores
 
-    def _open_cost_exceeds(self, scores):
+    def _open_share(self, scores):
+        """What the filters with scores above OPEN cost, as a share of the budget."""
         means = self.channels.set_scores(scores.nan_to_num())
         cost = self.channels.cost(self.channels.guarded(means) | (means > OPEN))
-        return any(getattr(cost, name) > limit for name, limit in self._limits.items())
+        return max(getattr(cost, name) / limit for name, limit in self._limits.items())
 
 
 def _check_finite(model, channels):

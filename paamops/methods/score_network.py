@@ -41,7 +41,8 @@ class ScoreNetwork(nn.Module):
         attention: "additive", or for comparison "dot": x_i = b_l + Σ_c v_lc · q_ic · mean_j k_jc.
         activation: "leaky_exponential", or for comparison "sigmoid": S = sigmoid(x / temperature), with x starting at
             4 · temperature, S = 0.98.
-        slope, temperature: of the score activation.
+        slope, temperature: of the score activation. A slope of 0.1 lets what the task has pushed above 1 come down
+            again in time; with 0.01 some of it does not (bench/ablations/README.md).
         generator: torch.Generator for the initial projection.
     """
 
@@ -52,7 +53,7 @@ class ScoreNetwork(nn.Module):
         width=32,
         attention="additive",
         activation="leaky_exponential",
-        slope=0.01,
+        slope=0.1,
         temperature=1.0,
         generator=None,
     ):

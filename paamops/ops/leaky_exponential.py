@@ -14,7 +14,7 @@ from paamops.ops.registration import define
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def leaky_exponential(x, slope=0.01, l1=False):
+def leaky_exponential(x, slope=0.1, l1=False):
     """score = exp(x) for x ≤ 0, 1 + slope·x above; with `l1` the pair (score, Σ |score|).
 
     x: float16 to float64, any shape and strides. slope: a finite number > 0. score: like x. The l1 term is 0-d, in

@@ -293,8 +293,13 @@ def test_of_a_compiled_model(gate, frozen):
 
 
 def test_lambda_is_found():
-    """Every few steps it grows while more than the budget is open, and shrinks else."""
+    """Every few steps it is multiplied by a power of the share of the budget that the open filters take."""
     paam = made(params=0.5)
+    whole, limit = paam.channels.cost(), paam.channels.cost().params // 2
+    least = paam.channels.cost(paam.channels.guarded(torch.ones(len(paam.channels.pinned))))
+    up = (whole.params / limit / module.AIM) ** module.POWER
+    down = (least.params / limit / module.AIM) ** module.POWER
+    assert down < 1 < up
     assert paam.automatic
     found = []
     for bias in [0.0] * 10 + [-3.0] * 10:  # all open, and then none
@@ -302,7 +307,7 @@ def test_lambda_is_found():
             paam.attention.bias.fill_(bias)
         with paam.scoring():
             found.append(paam.lambda_)
-    expected = [1.0] * 4 + [1.1] * 5 + [1.21] * 5 + [1.1] * 5 + [1.0]
+    expected = [1.0] * 4 + [up] * 5 + [up**2] * 5 + [up**2 * down] * 5 + [up**2 * down**2]
     assert found == pytest.approx(expected)
     with torch.no_grad(), paam.scoring():
         pass
@@ -430,7 +435,7 @@ def test_bad_models():
 
 def test_defaults_are_the_documented_ones():
     paam = paamops.PAAM(small(), images(), params=0.5)
-    assert (paam.attention.width, paam.attention.slope, paam.attention.temperature) == (32, 0.01, 1.0)
+    assert (paam.attention.width, paam.attention.slope, paam.attention.temperature) == (32, 0.1, 1.0)
     assert (paam.attention.attention, paam.attention.activation, paam.gate) == (
         "additive",
         "leaky_exponential",

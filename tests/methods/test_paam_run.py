@@ -261,9 +261,9 @@ def test_retrained_filters_go_back_to_their_places(toy):
             net.attention.value.copy_((-1) ** len(seen) * torch.ones_like(net.attention.value))
             net.attention.bias.fill_(-1)
 
-    run(paam_of(model), train, lambda m: 1.0, rounds=2, trained=True)
+    run(paam_of(model, params=0.3), train, lambda m: 1.0, rounds=2, trained=True)  # of 8 filters some go
     moved = seen[1] - seen[0] > 5
-    assert 0 < int(moved.sum()) == kept[0] < 8
+    assert 0 < int(moved.sum()) == kept[0]
     assert torch.equal(seen[1][~moved], seen[0][~moved])
 
 
