@@ -185,10 +185,9 @@ def paam_settings(args, budget, plan):
     if start + learn > plan.epochs:
         where = f" from epoch {start} on, where --rewind starts," if start else ""
         raise ValueError(f"--learn: {learn} epochs{where} are more than the {plan.epochs} of --epochs")
-    if getattr(args, "lambda") is not None:
-        budget = budget | {"penalty": getattr(args, "lambda")}
     return {
         "budget": budget,
+        "penalty": getattr(args, "lambda"),
         "rewind": rewind,
         "rounds": args.rounds or PAAM_ROUNDS,
         "learn": learn,

@@ -129,11 +129,14 @@ def prune_to_target(model, dataset, fabric, plan, objective, say=print, quiet=Fa
     return method.run()
 
 
-def prune_by_scores(model, dataset, fabric, plan, budget, say=print, quiet=False, pinned=(), state=None, **settings):
+def prune_by_scores(
+    model, dataset, fabric, plan, budget, penalty=None, say=print, quiet=False, pinned=(), state=None, **settings
+):
     """Prune `model` to `budget` by PAAM, with this project's training and data; the PAAMResult.
 
     The round that is kept is the one with the best accuracy on the validation split. `plan.epochs` is the length of the
-    whole schedule. `budget` is what `select` takes, such as {"params": 0.5}; `state` and `settings` go to `PAAM.run`.
+    whole schedule. `budget` is what `select` takes, such as {"params": 0.5}; `penalty` is λ, or None to have it
+    found; `state` and `settings` go to `PAAM.run`.
     """
     model, dataset = model.to(fabric.device), dataset.to(fabric.device)
     check_output(model, dataset)
@@ -158,7 +161,8 @@ def prune_by_scores(model, dataset, fabric, plan, budget, say=print, quiet=False
             quiet=quiet,
         )
 
-    paam = PAAM(model, dataset.normalise(dataset.train.images[:2]), pinned=pinned, seed=plan.seed, **budget)
+    images = dataset.normalise(dataset.train.images[:2])
+    paam = PAAM(model, images, penalty=penalty, pinned=pinned, seed=plan.seed, **budget)
     return paam.run(
         train=train,
         evaluate=lambda network: training.accuracy(network, dataset, dataset.validation),

@@ -327,7 +327,7 @@ def test_defaults_of_paam(capsys, tmp_path, learned, monkeypatch):
     assert (learned.plan.epochs, learned.plan.batch_size, learned.plan.schedule.rate) == (20, 32, 0.01)
     assert learned.budget == {"params": 0.5}
     expected = {"rewind": 0.4, "rounds": 3, "learn": 6, "frozen": True, "trained": False, "pinned": []}
-    assert learned.settings == expected | {"state": None, "resume": False}
+    assert learned.settings == expected | {"penalty": None, "state": None, "resume": False}
     assert "Half is gone." in capsys.readouterr().out
     assert (tmp_path / "runs" / "lenet5-digits.html").read_text() == f"python -m paamops {' '.join(PAAM)}"
     elsewhere = data.load("digits")
@@ -342,9 +342,9 @@ def test_options_of_paam(capsys, tmp_path, learned):
     more = "--pinned conv1 --state kept --resume --compiled --quiet --no-report"
     assert cli.main([*PAAM, *words.split(), *more.split()]) == 0
     assert (learned.plan.epochs, learned.plan.batch_size, learned.plan.compiled) == (9, 50, True)
-    assert learned.budget == {"filters": 0.25, "penalty": 0.5}
+    assert learned.budget == {"filters": 0.25}
     expected = {"rewind": 0.2, "rounds": 2, "learn": 4, "frozen": False, "trained": False, "pinned": ["conv1"]}
-    assert learned.settings == expected | {"state": "kept", "resume": True}
+    assert learned.settings == expected | {"penalty": 0.5, "state": "kept", "resume": True}
     assert learned.quiet
     assert len(capsys.readouterr().out.splitlines()) == 2  # the table
     assert not (tmp_path / "runs" / "lenet5-digits.html").exists()
