@@ -194,7 +194,7 @@ def add_subject(new):
         metavar="NAME",
         help=f"{', '.join(models.NETWORKS)}, or package.module:function that builds yours (default: resnet20)",
     )
-    subject.add_argument("--weights", metavar="FILE", help="start from this file of paamops.save; --epochs is then 0")
+    subject.add_argument("--weights", metavar="FILE", help="start from this file of paamops.save; it counts as trained")
     subject.add_argument(
         "--data",
         choices=data.NAMES,
@@ -207,7 +207,8 @@ def add_subject(new):
         action="append",
         default=[],
         metavar="NAME",
-        help="remove no filter of this module or parameter of the network; may be given several times",
+        help="remove no filter of this module or parameter of the network (`explain` lists them); may be given several"
+        " times",
     )
 
 

@@ -184,7 +184,7 @@ def paam_settings(args, budget, plan):
     start = round(rewind * plan.epochs) if args.train_filters else 0
     if start + learn > plan.epochs:
         where = f" from epoch {start} on, where --rewind starts," if start else ""
-        raise ValueError(f"--learn: {learn} epochs{where} are more than the {plan.epochs} of --epochs")
+        raise ValueError(f"--learn: {learn} epochs{where} go beyond the {plan.epochs} of --epochs")
     return {
         "budget": budget,
         "penalty": getattr(args, "lambda"),

@@ -139,10 +139,10 @@ def test_a_network_of_your_own(capsys, tmp_path):
         (["prune", "--params", "1"], "params is 1, but no network meets it"),
         (["prune", "--device", "cuda"], "--device cuda: PyTorch finds no GPU"),
         (["prune", "--method", "paam", "--params", "1"], "params is 1, but no network meets it"),
-        (["prune", "--method", "paam", "--learn", "21"], "--learn: 21 epochs are more than the 20 of --epochs"),
+        (["prune", "--method", "paam", "--learn", "21"], "--learn: 21 epochs go beyond the 20 of --epochs"),
         (
             ["prune", "--method", "paam", "--train-filters", "--learn", "13"],
-            "--learn: 13 epochs from epoch 8 on, where --rewind starts, are more than the 20 of --epochs",
+            "--learn: 13 epochs from epoch 8 on, where --rewind starts, go beyond the 20 of --epochs",
         ),
         (["prune", "--pinned", "nowhere"], "pinned names 'nowhere'"),
         (["explain", "--pinned", "nowhere"], "pinned names 'nowhere'"),

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import numbers
+import warnings
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from paamops.selection import absolute, select
 # An automatic λ starts at 1; every few steps it is multiplied by (share of the budget that is open / AIM)^POWER. Below
 # the budget, since the lowest of the high scores say little, and the highest of the low ones much.
 EVERY, AIM, POWER = 5, 0.9, 0.1
+TIED = 0.05  # the share of the channel sets that may have the very score of the threshold
 FLOAT = torch.finfo(torch.float32)
 OPEN = 0.5  # a filter with a higher score counts as kept when λ is adapted
 
@@ -62,6 +64,15 @@ class PAAM:
             wrap it as the model is wrapped: paam.attention = DistributedDataParallel(paam.attention).
         channels: ChannelMap of the network.
         lambda_: the current λ.
+        steps: the `scoring` blocks so far in which gradients were recorded. To checkpoint a loop of your own keep
+            attention.state_dict(), lambda_ and steps, and set them again.
+
+    Backward fills the gradients of the model's own parameters too. model.requires_grad_(False) saves that, but `prune`
+    hands the flags on: small.requires_grad_(True) before it is trained. (`run` does both itself, and takes a model
+    whose parameters require gradients.) The model's passes must lie within `scoring`: from a pass outside it nothing is
+    learned, and the penalty alone drives the scores.
+
+    Move the model to its device and dtype first: the attention network is made where the model's filters are.
 
     Within `scoring`, backward may also run after the block. The model may be compiled, under autocast, in channels_last
     or wrapped in DistributedDataParallel: give PAAM the bare module, and call what you like.
@@ -93,6 +104,9 @@ class PAAM:
         self.automatic, self.lambda_ = penalty is None, 1.0 if penalty is None else float(penalty)
         self.budget = {"params": params, "flops": flops, "filters": filters}
         self.budget = {name: value for name, value in self.budget.items() if value is not None}
+        if len(self.budget) != 1:
+            given = ", ".join(self.budget) or "none"
+            raise ValueError(f"the budget is given as {given}; it must be exactly one of params, flops and filters")
         self.channels = tracing.trace(model, example_inputs, pinned)
         if self.channels.pinned.all():
             raise ValueError(f"model has nothing to prune: {'; '.join(dict.fromkeys(self.channels.reasons))}")
@@ -147,8 +161,26 @@ class PAAM:
         return self.learned().clamp(max=1)
 
     def keep(self):
-        """The Selection of what stays: the highest scores within the budget, pinned filters, and each layer's best."""
-        return select(self.channels, self.learned(), **self.budget)
+        """The Selection of what stays: the highest scores within the budget, pinned filters, and each layer's best.
+
+        Warns where the scores do not decide: the threshold is 1 or more, or many sets share the score at it.
+        """
+        scores = self.learned()
+        selection = select(self.channels, scores, **self.budget)
+        tied = int((self.channels.set_scores(scores) == selection.threshold).sum())
+        if selection.threshold >= 1:
+            warnings.warn(
+                f"the threshold is {selection.threshold:.3g}: more filters than the budget holds have scores of 1 or"
+                " more, which say little about each other; learn longer, or with a higher λ",
+                stacklevel=2,
+            )
+        elif tied > max(1, TIED * len(self.channels.pinned)):
+            warnings.warn(
+                f"{tied} of {len(self.channels.pinned)} channel sets have the same score, {selection.threshold:.3g},"
+                " and it is the threshold: which of them stay is their order; learn with a lower λ or learning rate",
+                stacklevel=2,
+            )
+        return selection
 
     def prune(self):
         """The packed network, without scores; the model is untouched."""

@@ -170,13 +170,15 @@ def run(
         trained: whether the model is trained; otherwise train(model, E, 0, penalty) comes first.
         frozen: whether filters and batch norms stay fixed while scores are learned. If not, they train on; with an
             untrained network that is the training of the filters, E epochs: one stage, from scratch.
-        learn: the epochs of each learning; default 0.3 · E. With `frozen` they are the schedule's first.
+        learn: the epochs of each learning; default 0.3 · E. With `frozen` they are the schedule's first. Beyond the end
+            of the schedule `train` is given epochs from E on.
         rewind: retraining starts at epoch round(rewind · E), and so do learnings that train the filters of a trained
             network.
         rounds: the most rounds.
         state: a folder to keep the run in, written after each training. None: memory only.
         resume: go on with what `state` holds, or start afresh where it holds nothing. With a `train` that draws from
-            the seeded generators only, the end is that of a run that was never cut.
+            the seeded generators only, the end is that of a run that was never cut. It takes a PAAM made as the first
+            was: one whose `run` has ended has learned, and is told that its attention is another. `rounds` may differ.
         context: a dict for JSON that a resumed run must share, such as the settings of `train`.
         say: is given one line a round.
 
@@ -201,9 +203,11 @@ def run(
         **described(paam.model, weights=trained),
         "pinned sets": digest({"pinned": paam.channels.pinned}),
         "budget": paam.budget,
-        "attention": digest(dict(paam.attention.named_parameters())),
+        "width": paam.attention.width,
+        "seed": paam.seed,
         "penalty": None if paam.automatic else paam.lambda_,
         "scores": [paam.attention.attention, paam.attention.activation, paam.attention.slope, paam.gate],
+        "attention": digest(dict(paam.attention.named_parameters())),
         "epochs": [epochs, learn, rewind],
         "trained": trained,
         "frozen": frozen,
@@ -361,7 +365,8 @@ class _Alternation:
 
     def _result(self, last, stable):
         state, paam = self.state, self.paam
-        start, *rounds = state.history
+        history = state.history[: last + 1]  # a resumed run may be told to stop earlier
+        start, *rounds = history
         chosen = max(rounds, key=lambda entry: (entry.accuracy, entry.number))
         keep, tensors = state.networks[str(chosen.number)]
         learned = state.networks[f"learned-{chosen.number}"][1]
@@ -379,7 +384,7 @@ class _Alternation:
                 f" the FLOPs removed, accuracy {start.accuracy:.4g} before and {chosen.accuracy:.4g} after; {end}."
             ),
             budget=paam.budget,
-            history=state.history,
+            history=history,
             chosen=chosen.number,
             channels=paam.channels,
             keep=keep,

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -400,7 +401,7 @@ def test_a_learning_that_diverged():
         ({"params": 1.5}, ValueError, "params is 1.5"),
         ({"flops": -3}, ValueError, "flops is -3; as an int it must be at least 1"),
         ({"filters": "half"}, TypeError, "filters is a str"),
-        ({"params": 0.5, "flops": 0.5}, ValueError, "exactly one of .*; it got params, flops"),
+        ({"params": 0.5, "flops": 0.5}, ValueError, "the budget is given as params, flops; it must be exactly one"),
         ({"params": 3}, ValueError, "params is 3, but no network meets it: the smallest that can be reached has"),
         ({"filters": 6}, ValueError, "filters is 6, but no network meets it"),
         ({"pinned": ("nowhere",)}, ValueError, "pinned names 'nowhere'"),
@@ -416,7 +417,7 @@ def test_bad_arguments(settings, error, message):
 
 
 def test_no_budget_at_all():
-    with pytest.raises(ValueError, match=r"exactly one of .*; it got none"):
+    with pytest.raises(ValueError, match=r"the budget is given as none; it must be exactly one"):
         paamops.PAAM(small(), images())
 
 
@@ -443,3 +444,21 @@ def test_defaults_are_the_documented_ones():
     )
     assert module.EVERY == 5
     assert paam.automatic
+
+
+def test_scores_that_do_not_decide_are_told():
+    paam = made(params=0.5)
+    with torch.no_grad():
+        paam.attention.bias.fill_(2.0)  # all at 1 + 2 · slope
+    with pytest.warns(UserWarning, match=r"the threshold is 1\.2: more filters than the budget holds"):
+        paam.keep()
+    with torch.no_grad():
+        paam.attention.bias.fill_(-200.0)  # all at 0
+    with pytest.warns(UserWarning, match=r"channel sets have the same score, 0, and it is the threshold"):
+        paam.keep()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paam = scatter(made(params=0.5))
+        with torch.no_grad():
+            paam.attention.bias.fill_(-8.0)
+        paam.keep()
