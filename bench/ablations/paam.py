@@ -22,7 +22,7 @@ SCORINGS = {
     "additive, leaky exponential, slope 0.1": {},
     "dot, leaky exponential, slope 0.1": {"attention": "dot"},
     "additive, leaky exponential, slope 0.01": {"slope": 0.01},
-    "additive, leaky exponential, slope 1": {"slope": 1.0},
+    "additive, leaky exponential, slope 0.001": {"slope": 0.001},
     "additive, sigmoid, temperature 0.25": {"activation": "sigmoid", "temperature": 0.25},
     "additive, sigmoid, temperature 1": {"activation": "sigmoid", "temperature": 1.0},
     "additive, sigmoid, temperature 4": {"activation": "sigmoid", "temperature": 4.0},

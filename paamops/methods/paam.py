@@ -51,7 +51,7 @@ class PAAM:
         penalty: λ ≥ 0, or None: found while the scores are learned. Every five steps it is multiplied by (c / 0.9)^0.1,
             c what the filters with scores above ½ cost as a share of the budget, so that the threshold comes to lie
             between high scores and low ones. (The paper does not give λ. Too low a λ leaves more filters at 1 than the
-            budget holds, too high a one drives all scores to 0; in between lies less than a factor of 4, elsewhere for
+            budget holds, too high a one drives all scores to 0; in between lies a factor of a few, elsewhere for
             each network and budget: bench/ablations has the sweep.)
         width, attention, activation, slope, temperature: of the ScoreNetwork.
         gate: "free": the scores fold into batch norms and into the weights that read the activations. "explicit": they
