@@ -124,7 +124,7 @@ class Scored(nn.Module):
 
     def _remember(self, step, scores):
         if step % self.every == 0:
-            self.snapshots.append((step, scores.detach().cpu()))
+            self.snapshots.append((step, scores.detach()))  # left on the device, which nothing waits for
         if len(self.snapshots) > SNAPSHOTS:
             self.snapshots, self.every = self.snapshots[1::2], 2 * self.every
 
@@ -242,6 +242,7 @@ class _Alternation:
         self.epochs, self.learn, self.start, self.frozen = epochs, learn, start, frozen
         self.say = say if say and sharing.leads() else lambda line: None
         self.everything = torch.ones(len(paam.channels.pinned), dtype=torch.bool)
+        self.seconds = 0.0  # what training the unpruned network took
 
     def run(self, rounds, is_trained):
         state, paam = self.state, self.paam
@@ -289,11 +290,10 @@ class _Alternation:
 
     def _add_start(self, accuracy):
         cost = self.paam.channels.cost()
-        seconds = getattr(self, "seconds", 0.0)
         sizes = cost.params, cost.flops, cost.filters
-        self.state.history = (PAAMRound(0, 0.0, 0.0, 0.0, *sizes, accuracy, accuracy, seconds),)
+        self.state.history = (PAAMRound(0, 0.0, 0.0, 0.0, *sizes, accuracy, accuracy, self.seconds),)
         self.state.write()
-        self.say(f"round 0: unpruned; accuracy {accuracy:.4g} ({seconds:.0f} s)")
+        self.say(f"round 0: unpruned; accuracy {accuracy:.4g} ({self.seconds:.0f} s)")
 
     def _learn(self, number, from_scratch):
         """Scores of all filters of the unpruned network, and what they keep."""
@@ -313,7 +313,7 @@ class _Alternation:
             selection = sharing.agree(paam.keep())
             tensors["scores"] = sharing.agree(paam.learned().cpu())
             snapshots = [scores for _, scores in scored.snapshots]
-            tensors["learning"] = torch.stack(snapshots) if snapshots else torch.empty(0, len(tensors["scores"]))
+            tensors["learning"] = torch.stack(snapshots).cpu() if snapshots else torch.empty(0, len(tensors["scores"]))
             tensors["steps"] = torch.tensor([step for step, _ in scored.snapshots], dtype=torch.int64)
             state.facts[key] = {
                 "threshold": min(max(selection.threshold, -1e30), 1e30),  # JSON has no infinity
