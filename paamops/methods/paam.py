@@ -165,26 +165,11 @@ class PAAM:
 
         Warns where the scores do not decide: the threshold is 1 or more, or many sets share the score at it.
         """
-        scores = self.learned()
-        selection = select(self.channels, scores, **self.budget)
-        tied = int((self.channels.set_scores(scores) == selection.threshold).sum())
-        if selection.threshold >= 1:
-            warnings.warn(
-                f"the threshold is {selection.threshold:.3g}: more filters than the budget holds have scores of 1 or"
-                " more, which say little about each other; learn longer, or with a higher λ",
-                stacklevel=2,
-            )
-        elif tied > max(1, TIED * len(self.channels.pinned)):
-            warnings.warn(
-                f"{tied} of {len(self.channels.pinned)} channel sets have the same score, {selection.threshold:.3g},"
-                " and it is the threshold: which of them stay is their order; learn with a lower λ or learning rate",
-                stacklevel=2,
-            )
-        return selection
+        return self._kept(stacklevel=3)
 
     def prune(self):
         """The packed network, without scores; the model is untouched."""
-        return pack(self.model, self.channels, self.keep())
+        return pack(self.model, self.channels, self._kept(stacklevel=3))
 
     def use(self, model):
         """Score another network of the same architecture from now on."""
@@ -196,6 +181,24 @@ class PAAM:
         from paamops.methods.paam_run import run  # which knows PAAM
 
         return run(self, **settings)
+
+    def _kept(self, stacklevel):
+        scores = self.learned()
+        selection = select(self.channels, scores, **self.budget)
+        tied = int((self.channels.set_scores(scores) == selection.threshold).sum())
+        if selection.threshold >= 1:
+            warnings.warn(
+                f"the threshold is {selection.threshold:.3g}: more filters than the budget holds have scores of 1 or"
+                " more, which say little about each other; learn longer, or with a higher λ",
+                stacklevel=stacklevel,
+            )
+        elif tied > max(1, TIED * len(self.channels.pinned)):
+            warnings.warn(
+                f"{tied} of {len(self.channels.pinned)} channel sets have the same score, {selection.threshold:.3g},"
+                " and it is the threshold: which of them stay is their order; learn with a lower λ or learning rate",
+                stacklevel=stacklevel,
+            )
+        return selection
 
     @torch.no_grad()
     def learned(self):

@@ -14,6 +14,7 @@ from paamops.methods import gating
 from paamops.methods.gating import Gates
 from paamops.packing import mask
 from paamops.selection import select
+from tests.kinks import Cuts
 from tests.networks import NETWORKS, Repeated, make
 from tests.tolerances import NETWORK_TOLERANCE
 
@@ -110,9 +111,14 @@ def test_in_float32(network, way):
     channels = tracing.trace(model, inputs)
     scores = random_scores(channels, torch.float32)
     exact, exact_scores = copy.deepcopy(model).double(), scores.detach().double().requires_grad_()
-    expected = products(exact, channels, exact_scores, tuple(x.double() for x in inputs))
-    expected = results(exact, exact_scores, expected)
-    found = results(model, scores, in_place(Gates(model, channels), way, model, scores, inputs))
+    gates, cuts = Gates(model, channels), Cuts()
+    with cuts:
+        expected = products(exact, channels, exact_scores, tuple(x.double() for x in inputs))
+    with cuts:
+        outputs = in_place(gates, way, model, scores, inputs)
+    assert cuts.noted
+    assert cuts.calls == len(cuts.noted)
+    expected, found = results(exact, exact_scores, expected), results(model, scores, outputs)
     assert all(t.dtype == torch.float32 for t in found)
     assert_all_close(found, expected, NETWORK_TOLERANCE[torch.float32])
 

@@ -450,8 +450,10 @@ def test_scores_that_do_not_decide_are_told():
     paam = made(params=0.5)
     with torch.no_grad():
         paam.attention.bias.fill_(2.0)  # all at 1 + 2 · slope
-    with pytest.warns(UserWarning, match=r"the threshold is 1\.2: more filters than the budget holds"):
-        paam.keep()
+    for call in (paam.keep, paam.prune):
+        with pytest.warns(UserWarning, match=r"the threshold is 1\.2: more filters than the budget holds") as told:
+            call()
+        assert told[0].filename == __file__
     with torch.no_grad():
         paam.attention.bias.fill_(-200.0)  # all at 0
     with pytest.warns(UserWarning, match=r"channel sets have the same score, 0, and it is the threshold"):
