@@ -40,10 +40,14 @@ OPS = (
     "leaky_exponential",
     "tempered_sigmoid",
     "scale_channels",
+    "vote_ranking",
+    "ranking_loss",
+    "channel_attention",
 )
 LIMITED_BY_ARITHMETIC = (  # their tiles are small and come from a cache: what is loaded is used many times over
     *("_range", "_sweep", "_combine_parts", "_interpolate", "_sweep_backward", "_weights", "_finish"),
-    *("_project", "_add_sums", "_combine_channels"),
+    *("_project", "_add_sums", "_combine_channels", "_vote", "_combine_chunks"),
+    *("_walk_back", "_add_tasks", "_ranking_gradients"),
 )
 MAX_REGISTERS = 128  # 4 programs of 4 warps still fit a multiprocessor
 
@@ -86,6 +90,20 @@ def cases(op):
         x, s = empty(shape, dtype=floats[name]).to(memory_format=memory_format), empty(shape[1], dtype=floats[of_s])
         backward(forward(x, s), x, s)
 
+    def ranking(shapes, name):
+        saliencies = [empty(shape, dtype=floats[name]) for shape in shapes]
+        rankings, tops = [empty(shape[1], dtype=torch.int64) for shape in shapes], [shape[1] // 2 for shape in shapes]
+        backward(forward(saliencies, rankings, tops), saliencies, rankings, tops)
+
+    def vote(images, channels, name):
+        forward(empty(images, channels, dtype=floats[name]), empty(channels, channels, dtype=torch.int64))
+
+    def excite(shape, name, memory_format, kind):
+        x, hidden = empty(shape, dtype=floats[name]).to(memory_format=memory_format), max(4, shape[1] // 16)
+        parameters = [empty(size) for size in ((hidden, shape[1]), (hidden,), (shape[1], hidden), (shape[1],))]
+        y, *small = forward(x, *parameters, kind)
+        backward(y, small[0], x, parameters[0], parameters[2], *small, kind)
+
     formats = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
     if op == "filter_attention":
         # Tables that leave layers direct, and that interpolate; the widths of ResNet-56, of VGG-16, one no power of 2.
@@ -112,6 +130,26 @@ def cases(op):
             for layout, memory_format in list(formats.items())[: len(shape) // 2]:
                 call = functools.partial(scale, shape, name, memory_format, of_s)
                 yield f"{'x'.join(map(str, shape))} {name} {layout} s {of_s}", call
+    elif op == "ranking_loss":
+        for name in floats:
+            yield f"128x16+128x64+77x512 {name}", functools.partial(ranking, [(128, 16), (128, 64), (77, 512)], name)
+        yield "128x16+128x32 float32", functools.partial(ranking, [(128, 16), (128, 32)], "float32")
+    elif op == "vote_ranking":
+        wanted = [*((256, 512, name) for name in floats), (256, 16, "float32"), (9, 77, "float64")]
+        for images, channels, name in wanted:
+            yield f"{images}x{channels} {name}", functools.partial(vote, images, channels, name)
+    elif op == "channel_attention":
+        many, few, uneven = (64, 256, 56, 56), (1, 16, 512, 512), (64, 24, 14, 14)
+        wanted = [*((many, name, 1) for name in floats), (many, "float32", 0), (many, "float32", 2)]
+        for shape, name, kind in [
+            *wanted,
+            (few, "float32", 1),
+            ((128, 16, 32, 32), "float32", 1),
+            (uneven, "float32", 1),
+        ]:
+            for layout, memory_format in formats.items():
+                call = functools.partial(excite, shape, name, memory_format, kind)
+                yield f"{'x'.join(map(str, shape))} {name} {layout} activation {kind}", call
     elif op.endswith("attention"):
         # Many large maps are split over programs only where channels are adjacent, few large ones in both formats.
         many, few, small, flat = (64, 256, 56, 56), (1, 16, 512, 512), (256, 512, 8, 8), (4096, 1024)
@@ -159,6 +197,10 @@ def tile_bytes(kernel, arguments):
     if kernel in ("_scale", "_gradients"):
         tile = arguments["ROWS"] * arguments["COLS"] * element("x")
         return [tile] * (1 + (kernel == "_gradients")), [tile]
+    if kernel in ("_squeeze", "_excite"):  # x is not read where neither its value nor its sign is wanted
+        tile, gradient = arguments["ROWS"] * arguments["COLS"] * element("x"), arguments["GRADIENT"]
+        reads_x = kernel == "_squeeze" or arguments["ACTIVATION"] != 0 or not gradient
+        return [tile] * (reads_x + gradient), [tile] * (kernel == "_excite")
     if kernel in LIMITED_BY_ARITHMETIC:
         return [], []
     raise ValueError(f"how many bytes does {kernel} load and store? say so in tile_bytes of bench/compile_kernels.py")

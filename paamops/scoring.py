@@ -113,6 +113,9 @@ class _Listener(TorchDispatchMode):
         self.counts = dict.fromkeys(self.places, 0)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op in tracing.IN_ATEN:
+            with self:
+                return tracing.IN_ATEN[op](*args, **(kwargs or {}))
         name = str(op)
         if name not in self.places:
             return op(*args, **(kwargs or {}))

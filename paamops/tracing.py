@@ -15,8 +15,11 @@ from paamops import labels as lb
 from paamops import rules
 from paamops.channels import ChannelMap, Layer
 from paamops.labels import FIXED, Labels
+from paamops.ops.channel_attention import channel_attention_formula, channel_attention_op
 
 NOTHING = Labels()
+# An op of ours that stands for a whole subnetwork is followed, and scored, as the ATen ops of its formula.
+IN_ATEN = {channel_attention_op: channel_attention_formula}
 
 
 class ForwardError(RuntimeError):
@@ -53,6 +56,9 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if op in IN_ATEN:
+            with self:
+                return IN_ATEN[op](*args, **kwargs)
         self.op, self.inputs = op, self.tensors(args, kwargs)
         out = op(*args, **kwargs)
         self.counts[op] = self.counts.get(op, 0) + 1
