@@ -196,7 +196,7 @@ def build_from_recipe(path, recipe):
     try:
         with torch.device("meta"):
             return models.build(**recipe)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: its recipe {recipe} is not one of paamops.models ({error})") from error
 
 

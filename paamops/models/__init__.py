@@ -2,6 +2,7 @@
 
 from functools import partial
 
+from paamops.excitation import install
 from paamops.models.bottleneck import BottleneckResNet
 from paamops.models.lenet import LeNet5, LeNet300
 from paamops.models.mobilenet import MobileNetV2
@@ -26,11 +27,12 @@ NETWORKS = {
 }
 
 
-def build(name, in_channels=3, num_classes=10):
+def build(name, in_channels=3, num_classes=10, excitations=None):
     """The network `name` (a key of NETWORKS) with fresh weights, for images of `in_channels` channels.
 
+    excitations: where the network has squeeze-and-excitations, as `paamops.excite` returned it.
     The model remembers its recipe in `model.paamops_recipe`, so that `paamops.load` can build it again.
-    ValueError: an unknown name, or a number that is not a positive int.
+    ValueError: an unknown name, a number that is not a positive int, or excitations where the network has no host.
     """
     if name not in NETWORKS:
         raise ValueError(f"name is {name!r}; it must be one of {', '.join(NETWORKS)}")
@@ -39,4 +41,6 @@ def build(name, in_channels=3, num_classes=10):
             raise ValueError(f"{argument} is {value!r}; it must be a positive int")
     model = NETWORKS[name](in_channels=in_channels, num_classes=num_classes)
     model.paamops_recipe = {"name": name, "in_channels": in_channels, "num_classes": num_classes}
+    if excitations is not None:
+        install(model, excitations)
     return model
