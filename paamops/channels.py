@@ -181,6 +181,12 @@ class ChannelMap:
         self.score_source = torch.from_numpy(np.concatenate(sources))
         self.score_weight = torch.from_numpy(np.concatenate(weights))
 
+    def pin(self, sets, reason):
+        """These sets, (S,) bool, stay from now on; `reason` is told of those that were not pinned before."""
+        for s in (sets & ~self.pinned).nonzero().flatten().tolist():
+            self.reasons[s] = reason
+        self.pinned |= sets
+
     @property
     def model(self):
         """The traced model, or None when it is gone."""

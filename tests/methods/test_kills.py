@@ -1,4 +1,4 @@
-"""A run of PAAM that is killed at any moment, as often as it likes, ends in the result of a run that is not."""
+"""A run of PAAM or GlobalPru that is killed at any moment, as often as it likes, ends as one that is not."""
 
 import os
 import random
@@ -16,11 +16,13 @@ from tests.methods.test_kill import outcome
 pytest.importorskip("sklearn")
 
 ROOT = Path(__file__).parents[2]
+JOBS = [("globalpru_job",), *(("paam_job", mode) for mode in MODES)]
 
 
-def start(folder, out, mode):
+def start(folder, out, job):
+    name, *words = job
     return subprocess.Popen(
-        [sys.executable, "-m", "tests.methods.paam_job", str(folder), str(out), mode],
+        [sys.executable, "-m", f"tests.methods.{name}", str(folder), str(out), *words],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -28,8 +30,8 @@ def start(folder, out, mode):
     )
 
 
-def finish(folder, out, mode):
-    process = start(folder, out, mode)
+def finish(folder, out, job):
+    process = start(folder, out, job)
     try:
         _, errors = process.communicate(timeout=300)
     finally:
@@ -37,9 +39,9 @@ def finish(folder, out, mode):
     assert process.returncode == 0, errors.decode()
 
 
-def killed(folder, out, mode, steps, seconds):
+def killed(folder, out, job, steps, seconds):
     """Let the run do some training steps and then go on for a moment; whether it was killed before its end."""
-    process = start(folder, out, mode)
+    process = start(folder, out, job)
     try:
         for _ in range(steps):
             if not process.stdout.readline():
@@ -54,19 +56,19 @@ def killed(folder, out, mode, steps, seconds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_killed_at_random_moments(mode, tmp_path, seed):
+@pytest.mark.parametrize("job", JOBS, ids=" ".join)
+def test_killed_at_random_moments(job, tmp_path, seed):
     moments = random.Random(seed)
     undisturbed = tmp_path / "undisturbed.safetensors"
-    finish(tmp_path / "whole", undisturbed, mode)
+    finish(tmp_path / "whole", undisturbed, job)
     expected = outcome(undisturbed)
     folder, out = tmp_path / "cut into pieces", tmp_path / "cut.safetensors"
     kills = 0
     for _ in range(6):
         # Steps enough for some progress, and then anywhere: between trainings, or while the state is written.
-        if not killed(folder, out, mode, moments.randint(4, 18), moments.random() * 0.05):
+        if not killed(folder, out, job, moments.randint(4, 18), moments.random() * 0.05):
             break
         kills += 1
     assert kills >= 2
-    finish(folder, out, mode)
+    finish(folder, out, job)
     assert outcome(out) == expected
