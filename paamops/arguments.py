@@ -14,10 +14,12 @@ NOT_MET = 3  # the exit code
 ROUNDS = ("rewind", "rounds", "state", "report", "trained", "resume", "no_report", "compiled")
 AAP_ONLY = ("max_accuracy_drop", "minimise", "rewind_weights")
 PAAM_ONLY = ("learn", "lambda", "train_filters")
+GLOBALPRU_ONLY = ("rate", "mode", "alpha", "beta")
 UNUSED = {
-    "once": (*AAP_ONLY, *PAAM_ONLY, *ROUNDS),
-    "aap": ("filters", "finetune_epochs", *PAAM_ONLY),
-    "paam": ("finetune_epochs", *AAP_ONLY),
+    "once": (*AAP_ONLY, *PAAM_ONLY, *GLOBALPRU_ONLY, *ROUNDS),
+    "aap": ("filters", "finetune_epochs", *PAAM_ONLY, *GLOBALPRU_ONLY),
+    "paam": ("finetune_epochs", *AAP_ONLY, *GLOBALPRU_ONLY),
+    "globalpru": ("filters", "finetune_epochs", "rounds", *AAP_ONLY, *PAAM_ONLY),
 }
 
 EXAMPLES = """\
@@ -28,6 +30,8 @@ examples:
       the smallest ResNet-20 that loses at most one point of accuracy (a few minutes)
   python -m paamops prune --method paam --params 0.5
       half of the parameters, by scores that are learned from the filters while the network runs
+  python -m paamops prune --method globalpru --rate 0.5
+      half of the channels of each layer, by one ranking that all images elect and the network learns
   python -m paamops prune --method aap --model resnet56 --data cifar10 --data-root ~/data --flops 0.4 --device cuda
       --state runs/aap --resume
       keep 40 % of the FLOPs of ResNet-56 on CIFAR-10, in rounds; the same command goes on after an interruption
@@ -89,20 +93,23 @@ def add_prune(commands, run):
     add_subject(new)
     new.add_argument(
         "--method",
-        choices=("once", "aap", "paam"),
+        choices=("once", "aap", "paam", "globalpru"),
         default="once",
         help="once: score the filters by their activations, prune and fine-tune once; aap: automatic attention pruning,"
         " round by round to the target; paam: learn the scores while the network runs, prune to the budget, retrain,"
-        " until the same filters stay (default: once)",
+        " until the same filters stay; globalpru: put squeeze-and-excitations into the network, let all images elect a"
+        " ranking of each layer's channels, teach it, remove the lowest, fine-tune (default: once)",
     )
     budget = new.add_argument_group(
         "what to keep",
         "A fraction such as 0.5, or a whole number. Once and PAAM: one of these, by default --params 0.5. AAP:"
-        " --params, --flops or both, --max-accuracy-drop, or all; by default --max-accuracy-drop 1.0.",
+        " --params, --flops or both, --max-accuracy-drop, or all; by default --max-accuracy-drop 1.0. GlobalPru:"
+        " --params, --flops or --rate; by default --rate 0.5.",
     )
     budget.add_argument("--params", type=amount, metavar="KEEP", help="parameters to keep")
     budget.add_argument("--flops", type=amount, metavar="KEEP", help="FLOPs to keep")
-    budget.add_argument("--filters", type=amount, metavar="KEEP", help="filters to keep (not AAP)")
+    budget.add_argument("--filters", type=amount, metavar="KEEP", help="filters to keep (once and PAAM)")
+    budget.add_argument("--rate", type=inside, metavar="SHARE", help="GlobalPru: of each layer's channels, to remove")
     budget.add_argument(
         "--max-accuracy-drop",
         type=points,
@@ -111,7 +118,7 @@ def add_prune(commands, run):
         " them, rounds may lose half of it only: the rest is kept back, so that it is likelier to hold for other images"
         " too",
     )
-    add_rounds(new.add_argument_group("AAP and PAAM, which work in rounds"))
+    add_rounds(new.add_argument_group("AAP, PAAM and GlobalPru, which train several times"))
     aap = new.add_argument_group("AAP only")
     aap.add_argument(
         "--minimise",
@@ -137,7 +144,20 @@ def add_prune(commands, run):
         action="store_true",
         help="train the filters too while scores are learned; an untrained network learns both at once, for --epochs",
     )
+    add_globalpru(new.add_argument_group("GlobalPru only"))
     add_how(new)
+
+
+def add_globalpru(globalpru):
+    globalpru.add_argument(
+        "--mode",
+        choices=("fixed", "mixed"),
+        help="one rate for all layers, or rates that follow the layers' Hessian traces (default: fixed)",
+    )
+    globalpru.add_argument(
+        "--alpha", type=weight, metavar="WEIGHT", help="of the l1 norm of the saliencies in the loss"
+    )
+    globalpru.add_argument("--beta", type=weight, metavar="WEIGHT", help="of the ranking loss")
 
 
 def add_rounds(rounds):
@@ -148,13 +168,13 @@ def add_rounds(rounds):
         "--rewind",
         type=share,
         metavar="SHARE",
-        help="of the epochs: each round retrains the rest (digits: 0.4; else AAP 0.75, PAAM 0.5)",
+        help="of the epochs: each later training is the rest (digits: 0.4; else AAP 0.75, PAAM and GlobalPru 0.5)",
     )
     rounds.add_argument(
         "--rounds",
         type=positive,
         metavar="N",
-        help="stop after N trained rounds, with the best so far (default: AAP no limit, PAAM 3)",
+        help="AAP and PAAM: stop after N trained rounds, with the best so far (default: no limit; PAAM 3)",
     )
     rounds.add_argument("--state", metavar="DIR", help="keep the run here, so that it can be resumed")
     rounds.add_argument("--resume", action="store_true", help="go on with what --state holds, if it holds a run")
@@ -168,11 +188,15 @@ def add_how(new):
         "--epochs",
         type=count,
         metavar="N",
-        help="training before pruning; AAP, PAAM: the whole schedule (digits: 12, AAP and PAAM 20; else the papers')",
+        help="training before pruning; of other methods than once: the whole schedule (digits: 12, others than once 20;"
+        " else the papers')",
     )
     how.add_argument("--finetune-epochs", type=count, metavar="N", help="after pruning once (digits: 8; else half)")
     how.add_argument(
-        "--batch-size", type=positive, metavar="N", help="images a step (digits: 64, AAP and PAAM 32; else the papers')"
+        "--batch-size",
+        type=positive,
+        metavar="N",
+        help="images a step (digits: 64, others than once 32; else the papers')",
     )
     how.add_argument("--seed", type=seed, default=0, help="same seed, same result (default: 0)")
     how.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
@@ -252,6 +276,14 @@ def share(text):
     return value
 
 
+def inside(text):
+    """A share above 0 and below 1."""
+    value = number(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and below 1")
+    return value
+
+
 def weight(text):
     """A finite number of at least 0."""
     value = number(text)
@@ -283,7 +315,7 @@ def network(text):
 
 def check_method(args):
     """Refuse what the chosen method has no use for, rather than ignore it."""
-    given = [key for key in ("params", "flops", "filters") if getattr(args, key) is not None]
+    given = [key for key in ("params", "flops", "filters", "rate") if getattr(args, key) is not None]
     wrong = [key for key in UNUSED[args.method] if getattr(args, key) is not None and getattr(args, key) is not False]
     if len(given) > 1 and args.method != "aap":
         args.error(f"--{given[1]}: not allowed with --{given[0]}; only --method aap meets several targets")
@@ -292,7 +324,7 @@ def check_method(args):
     if args.minimise and args.max_accuracy_drop is None:
         args.error("--minimise: needs --max-accuracy-drop")
     if args.method != "once" and args.epochs == 0:
-        skips = "each round retrains; --trained skips the first"
+        skips = "it trains several times; --trained skips the first"
         args.error(f"--epochs: '0' must be at least 1 for --method {args.method}: {skips}")
     if args.trained and not args.weights and ":" not in (args.model or ""):
         args.error("--trained: needs --model package.module:function, or --weights; a built-in network is untrained")

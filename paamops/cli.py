@@ -20,12 +20,14 @@ from paamops.arguments import NOT_MET, check_method, complain, positive  # noqa:
 DIGITS = {"epochs": 12, "finetune_epochs": 8, "batch_size": 64}
 DIGITS_AAP = {"epochs": 20, "rewind": 0.4, "batch_size": 32}
 DIGITS_PAAM = {"epochs": 20, "rewind": 0.4, "batch_size": 32}
+DIGITS_GLOBALPRU = {"epochs": 20, "rewind": 0.4, "batch_size": 32}
 DIGITS_RATE = 0.5  # times the schedule's learning rate, as the batches are a fraction of the papers'
 # The 315 validation digits tell an accuracy to about half a point, and the smallest of many networks that pass is one
 # that was lucky with them: half of the drop that is allowed is kept back, so that it is likelier to hold for other
 # images too.
 DIGITS_RESERVE = 0.5
 PAAM_REWIND, PAAM_LEARN, PAAM_ROUNDS = 0.5, 0.3, 3  # where retraining starts and how many epochs learn: of --epochs
+GLOBALPRU_REWIND = 0.5
 HALF = {"params": 0.5}  # the budget where none is given
 
 
@@ -114,7 +116,9 @@ def run_prune(args):
     sizes = ", ".join(f"{len(getattr(dataset, split))} {split}" for split in ("train", "validation", "test"))
     say(f"{name} on {args.data} ({sizes} images), {fabric.device}, seed {args.seed}")
     quiet = args.quiet or not leads
-    budget = {key: getattr(args, key) for key in ("params", "flops", "filters") if getattr(args, key) is not None}
+    budget = {
+        key: getattr(args, key) for key in ("params", "flops", "filters", "rate") if getattr(args, key) is not None
+    }
     result = None
     if args.method == "aap":
         settings = aap_settings(args, budget)
@@ -130,6 +134,12 @@ def run_prune(args):
         )
         say(result.message)
         model, small = result.dense, result.model
+    elif args.method == "globalpru":
+        result = pruning.prune_by_ranking(
+            model, dataset, fabric, plan, **globalpru_settings(args, budget), say=say, quiet=quiet
+        )
+        say(result.message)
+        model, small = result.whole, result.model
     else:
         small, _ = pruning.prune(model, dataset, fabric, plan, budget or HALF, say, quiet, args.pinned)
     if leads:
@@ -199,6 +209,22 @@ def paam_settings(args, budget, plan):
     }
 
 
+def globalpru_settings(args, budget):
+    """What GlobalPru is told, from the command line."""
+    rewind = args.rewind
+    if rewind is None:
+        rewind = DIGITS_GLOBALPRU["rewind"] if args.data == "digits" else GLOBALPRU_REWIND
+    given = {key: getattr(args, key) for key in ("mode", "alpha", "beta") if getattr(args, key) is not None}
+    return given | {
+        "asked": budget or {"rate": 0.5},
+        "rewind": rewind,
+        "trained": args.trained or bool(args.weights),
+        "pinned": args.pinned,
+        "state": args.state,
+        "resume": args.resume,
+    }
+
+
 def asked_drop(args, budget):
     """The accuracy that may be lost, as a fraction, or None: one point where nothing else is asked for."""
     return 0.01 if not budget and args.max_accuracy_drop is None else args.max_accuracy_drop
@@ -255,7 +281,7 @@ def make_plan(args, name):
         defaults |= DIGITS
     if args.method != "once":
         if args.data == "digits":
-            digits = DIGITS_AAP if args.method == "aap" else DIGITS_PAAM
+            digits = {"aap": DIGITS_AAP, "paam": DIGITS_PAAM, "globalpru": DIGITS_GLOBALPRU}[args.method]
             defaults |= {key: digits[key] for key in ("epochs", "batch_size")}
             schedule = digits_schedule(schedule)
     elif args.weights:

@@ -8,10 +8,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from paamops.pages import widths
-
 # Told apart by those who are colour-blind (Okabe and Ito), and by shape or place as well.
-BLUE, ORANGE, GREY, LIGHT, DARK = "#0072b2", "#d55e00", "#6b6b6b", "#c4c4c4", "#1a1a1a"
+BLUE, ORANGE, GREEN, GREY, LIGHT, DARK = "#0072b2", "#d55e00", "#009e73", "#6b6b6b", "#c4c4c4", "#1a1a1a"
+
+NUMBERED = "layer, numbered as in the table"
 
 WIDTH = 420  # of every figure, in points: its text stays readable on a telephone
 
@@ -50,22 +50,50 @@ def style():
         yield
 
 
-def new_figure(height, panels=1):
-    """A Figure that no backend knows of, and its axes one above the other."""
+def blank_figure(height):
+    """A Figure that no backend knows of."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH / 72, height / 72), layout="constrained", facecolor="white")
+    return Figure(figsize=(WIDTH / 72, height / 72), layout="constrained", facecolor="white")
+
+
+def new_figure(height, panels=1):
+    """A Figure and its axes one above the other."""
+    figure = blank_figure(height)
     return figure, figure.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+
+
+def ruled(axis, which):
+    """Faint lines across the x or y axis, behind all else."""
+    axis.grid(axis=which, color="#e6e6e6", lw=0.6)
+    axis.set_axisbelow(True)
+
+
+def logarithmic(axis, which):
+    """A logarithmic x or y axis with plain numbers; its limits have been set."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = getattr(axis, f"get_{which}lim")()
+    getattr(axis, f"set_{which}scale")("log")
+    along = getattr(axis, f"{which}axis")
+    along.set_major_locator(LogLocator(subs=(1,) if high / low > 100 else (1, 2, 5)))
+    along.set_minor_locator(NullLocator())
+    along.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
 def marker_size(count):
     return min(6, max(3.5, 260 / count))
 
 
-def sparsity(result):
-    """The share of filters removed from every layer, in layer order (Fig. 2c)."""
-    layers = widths(result)
+def sparsity(layers):
+    """The share of filters removed from every layer of `pages.widths`, in layer order (AAP's Fig. 2c)."""
     figure, (axis,) = new_figure(190)
+    draw_sparsity(figure, axis, layers)
+    axis.set_xlabel(NUMBERED)
+    return figure
+
+
+def draw_sparsity(figure, axis, layers):
     numbers = np.arange(1, len(layers) + 1)
     removed = np.array([100 * (before - after) / max(before, 1) for _, _, before, after, _ in layers])
     axis.bar(numbers, removed, width=0.8, color=BLUE)
@@ -77,11 +105,8 @@ def sparsity(result):
     axis.set_ylim(0, 100)
     axis.set_xlim(0.3, len(layers) + 0.7)
     axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.set_xlabel("layer, numbered as in the table")
     axis.set_ylabel("filters removed (%)")
-    axis.grid(axis="y", color="#e6e6e6", lw=0.6)
-    axis.set_axisbelow(True)
-    return figure
+    ruled(axis, "y")
 
 
 def steps(parts):
@@ -126,6 +151,8 @@ def svg(figure, name):
             element.text = None
         element.tail = None
         element.attrib = {local(key): value for key, value in element.attrib.items()}
+        if element.tag == "image":
+            element.attrib.pop("id", None)  # it is drawn from the pixels, so that two alike would share it
         for key, value in element.attrib.items():
             if key == "id":
                 value = f"{name}-{value}"

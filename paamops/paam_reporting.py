@@ -7,16 +7,37 @@ import numpy as np
 import torch
 
 from paamops import pages
-from paamops.drawing import BLUE, DARK, LIGHT, ORANGE, new_figure, require_matplotlib, sparsity, style, svg
-from paamops.pages import accuracy_text, flops_text, percent
-from paamops.selection import absolute
+from paamops.drawing import (
+    BLUE,
+    DARK,
+    GREEN,
+    LIGHT,
+    ORANGE,
+    logarithmic,
+    new_figure,
+    require_matplotlib,
+    ruled,
+    sparsity,
+    style,
+    svg,
+)
+from paamops.pages import (
+    UNITS,
+    accuracy_text,
+    asked_text,
+    before_and_after,
+    budget,
+    flops_text,
+    percent,
+    whole_and_chosen,
+    width_rows,
+    widths,
+)
 
 BINS = 50
 SMALL = 0.05  # a lower threshold is shown on logarithmic axes
-GREEN = "#009e73"  # of the threshold
 POINTS = 150  # of the cumulative curve: each is the exact cost of a network
 LINES = 150  # of the figure of the learning
-UNITS = {"params": "parameters", "flops": "FLOPs", "filters": "filters"}
 
 
 def write(result, path, rows=None, command=None):
@@ -40,15 +61,18 @@ def page(result, rows, command, date):
     require_matplotlib()
     return pages.render(
         "paam_report.html",
-        result,
-        rows,
+        result.dense,
+        result.message,
+        before_and_after(result, *whole_and_chosen(result)) if rows is None else rows,
         command,
         date,
         lambda: draw(result),
-        asked=asked(result),
+        widths=width_rows(widths(result)),
+        asked=asked_text(result.channels, result.budget),
         met=True,
+        chosen=result.chosen,
         rounds=[round_row(result, each) for each in result.history],
-        unit=UNITS[budget(result)[0]],
+        unit=UNITS[next(iter(result.budget))],
         threshold=number_text(result.threshold),
         sets=int((~result.channels.pinned).sum()),
         lines=len(drawn(result)),
@@ -56,19 +80,6 @@ def page(result, rows, command, date):
 
 
 # --- the words and numbers
-
-
-def budget(result):
-    """(What is counted, what may stay of it, how much the whole network has)."""
-    ((name, value),) = result.budget.items()
-    whole = getattr(result.channels.cost(), name)
-    return name, absolute(name, value, whole), whole
-
-
-def asked(result):
-    """The budget as a sentence."""
-    name, limit, whole = budget(result)
-    return f"the best accuracy with at most {percent(limit, whole)} of the {UNITS[name]}"
 
 
 def number_text(value):
@@ -99,7 +110,7 @@ def round_row(result, each):
 def draw(result):
     """The figures of the report by name, as SVG."""
     with style():
-        figures = {"scores": scores(result), "learning": learning(result), "sparsity": sparsity(result)}
+        figures = {"scores": scores(result), "learning": learning(result), "sparsity": sparsity(widths(result))}
         return {name: svg(figure, name) for name, figure in figures.items()}
 
 
@@ -124,7 +135,7 @@ def scores(result):
                 bottom = bottom + counts
         above.set_ylabel("filters")
         above.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-        name, limit, whole = budget(result)
+        name, limit, whole = budget(channels, result.budget)
         x, removed = curve(channels, channels.set_scores(result.scores), name, low)
         below.step([*x, high], [*removed, removed[-1]], where="post", color=DARK, lw=1.4)
         below.axhline(100 * (1 - limit / whole), color=DARK, lw=1, ls=(0, (5, 3)), label="budget")
@@ -138,8 +149,7 @@ def scores(result):
         for axis in (above, below):
             if low <= result.threshold <= high:
                 axis.axvline(result.threshold, color=GREEN, lw=1.6, label="threshold" if axis is below else None)
-            axis.grid(axis="y", color="#e6e6e6", lw=0.6)
-            axis.set_axisbelow(True)
+            ruled(axis, "y")
         figure.align_ylabels([above, below])
         figure.legend(loc="outside upper center", ncols=3)
         return figure
@@ -157,17 +167,6 @@ def score_range(values, threshold):
         return max(float(positive.min()), threshold / 1000) / 1.2, 1.2 * high, True
     low = float(values.min())
     return (0.0 if low < 0.5 else max(0.0, low - 0.05 * (high - low) - 1e-3)), high, False
-
-
-def logarithmic(axis, which):
-    """A logarithmic x or y axis with plain numbers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    getattr(axis, f"set_{which}scale")("log")
-    along = getattr(axis, f"{which}axis")
-    along.set_major_locator(LogLocator())
-    along.set_minor_locator(NullLocator())
-    along.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
 
 
 def curve(channels, means, name, low):
@@ -220,7 +219,6 @@ def learning(result):
             logarithmic(axis, "y")
         axis.set_xlabel("step of the learning")
         axis.set_ylabel("score")
-        axis.grid(axis="y", color="#e6e6e6", lw=0.6)
-        axis.set_axisbelow(True)
+        ruled(axis, "y")
         figure.legend(handles=handles, loc="outside upper center", ncols=3)
         return figure

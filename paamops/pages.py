@@ -7,6 +7,9 @@ import torch
 
 import paamops
 from paamops.saving import destination, partial_file
+from paamops.selection import absolute
+
+UNITS = {"params": "parameters", "flops": "FLOPs", "filters": "filters"}
 
 
 def printable(value):
@@ -51,9 +54,21 @@ def whole_and_chosen(result):
     return result.history[0], next(each for each in result.history if each.number == result.chosen)
 
 
-def before_and_after(result):
-    """The default lines of the first table."""
-    start, chosen = whole_and_chosen(result)
+def budget(channels, asked):
+    """(What is counted, what may stay of it, how much the whole network has), for `asked` = {"params": 0.5}."""
+    ((name, value),) = asked.items()
+    whole = getattr(channels.cost(), name)
+    return name, absolute(name, value, whole), whole
+
+
+def asked_text(channels, asked):
+    """A budget as a sentence."""
+    name, limit, whole = budget(channels, asked)
+    return f"the best accuracy with at most {percent(limit, whole)} of the {UNITS[name]}"
+
+
+def before_and_after(result, start, chosen, sizes=tuple(UNITS)):
+    """The default lines of the first table: the accuracies of two rounds, and `sizes` before and after."""
     whole, left = result.channels.cost(), result.channels.cost(result.keep)
     lost = loss(start, chosen)
     rows = [
@@ -64,11 +79,9 @@ def before_and_after(result):
             "–" if lost is None else points_text(result, -lost or 0.0, "+"),
         )
     ]
-    for what, before, after, text in (
-        ("parameters", whole.params, left.params, "{:,}".format),
-        ("FLOPs an example", whole.flops, left.flops, flops_text),
-        ("filters", whole.filters, left.filters, "{:,}".format),
-    ):
+    for name in sizes:
+        before, after = getattr(whole, name), getattr(left, name)
+        what, text = ("FLOPs an example", flops_text) if name == "flops" else (UNITS[name], "{:,}".format)
         rows.append((what, text(before), text(after), f"{100 * (after - before) / max(before, 1):+.1f} %"))
     return rows
 
@@ -80,8 +93,8 @@ def loss(start, each):
     return start.accuracy - each.accuracy
 
 
-def widths(result):
-    """For every layer (name, kind, filters before, filters after, whether all of them are pinned)."""
+def widths(result, hidden=()):
+    """For every layer (name, kind, filters before, filters after, whether all of them are pinned); none of `hidden`."""
     channels = result.channels
     keep, count = channels.check(result.keep), len(channels.layers)
     before = torch.bincount(channels.filters, minlength=count).tolist()
@@ -90,13 +103,16 @@ def widths(result):
     return [
         (printable(layer.name), layer.kind, b, a, not f)
         for layer, b, a, f in zip(channels.layers, before, after, free, strict=True)
+        if layer.name not in hidden
     ]
 
 
-def width_row(number, layer):
-    name, kind, before, after, pinned = layer
-    removed = "pinned" if pinned else percent(before - after, before)
-    return number, name, f"{before:,}", f"{after:,}", removed, kind
+def width_rows(layers):
+    """The lines of the table of the layers, from `widths`."""
+    return [
+        (number, name, f"{before:,}", f"{after:,}", "pinned" if pinned else percent(before - after, before), kind)
+        for number, (name, kind, before, after, pinned) in enumerate(layers, 1)
+    ]
 
 
 def write(path, make):
@@ -111,16 +127,20 @@ def write(path, make):
         partial.unlink(missing_ok=True)
 
 
-def render(template, result, rows, command, date, figures, **values):
-    """The HTML of `template`: the same characters for the same arguments. `values` are what it has beyond base.html."""
+def render(template, dense, message, rows, command, date, figures, **values):
+    """The HTML of `template`: the same characters for the same arguments.
+
+    dense: the unpruned network, whose name is told. rows: the lines of the first table. figures: a function that
+    returns them, called when all else is known to be right. values: what else the template tells.
+    """
     import jinja2
     from markupsafe import Markup
 
-    rows = before_and_after(result) if rows is None else [tuple(map(printable, row)) for row in rows]
+    rows = [tuple(map(printable, row)) for row in rows]
     for row in rows:
         if len(row) != 4:
             raise ValueError(f"rows: {row!r} has {len(row)} entries; a line is (what, before, after, change)")
-    recipe = getattr(result.dense, "paamops_recipe", None) or {}
+    recipe = getattr(dense, "paamops_recipe", None) or {}
     folder = resources.files("paamops") / "templates"
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(lambda name: (folder / name).read_text(encoding="utf-8")),
@@ -130,12 +150,10 @@ def render(template, result, rows, command, date, figures, **values):
         lstrip_blocks=True,
     )
     return environment.get_template(template).render(
-        network=printable(recipe.get("name", type(result.dense).__name__)),
-        message=printable(result.message),
+        network=printable(recipe.get("name", type(dense).__name__)),
+        message=printable(message),
         rows=rows,
         figures={name: Markup(svg) for name, svg in figures().items()},
-        widths=[width_row(number, layer) for number, layer in enumerate(widths(result), 1)],
-        chosen=result.chosen,
         command=None if command is None else printable(command),
         versions={"paamops": paamops.__version__, "torch": torch.__version__},
         date=date.isoformat(),

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch.nn.functional import cross_entropy
 
 from paamops import data, training
 from paamops.measuring import file_size, latency
 from paamops.methods.aap import AAP
+from paamops.methods.globalpru import GlobalPru
 from paamops.methods.paam import PAAM
 from paamops.methods.paam_run import Scored
 from paamops.packing import pack
@@ -20,6 +22,7 @@ from paamops.tracing import trace
 
 SCORED = 1024  # training images that decide the scores, where the network is pruned once
 ONE_BATCH = 256  # and where it is scored anew each round, by one batch
+VOTERS = 512  # images at a time
 BATCHES = (1, 64)  # images at a time, for the latency
 
 
@@ -171,6 +174,71 @@ def prune_by_scores(
         context=_context(dataset, fabric, plan),
         say=say,
         **settings,
+    )
+
+
+def prune_by_ranking(
+    model,
+    dataset,
+    fabric,
+    plan,
+    asked,
+    say=print,
+    quiet=False,
+    state=None,
+    trained=False,
+    rewind=0.5,
+    resume=False,
+    **settings,
+):
+    """Prune `model` by GlobalPru, with this project's training and data; the GlobalPruResult.
+
+    `asked` is {"rate": 0.5}, {"params": 0.5} or {"flops": 0.5}; `plan.epochs` is the length of the whole schedule;
+    `settings` go to `GlobalPru`, the others to its `run`. All training images vote; Hessian traces are taken over one
+    batch. `model` gets its excitations here.
+    """
+    model, dataset = model.to(fabric.device), dataset.to(fabric.device)
+    check_output(model, dataset)
+    checkpoint = None if state is None else Path(state) / "training.safetensors"
+
+    def train(network, epochs, start_epoch, penalty):
+        training.train(
+            network,
+            dataset,
+            fabric,
+            plan.schedule,
+            epochs=epochs,
+            start_epoch=start_epoch,
+            total_epochs=plan.epochs,
+            batch_size=plan.batch_size,
+            seed=int(torch.randint(2**31, ())),  # the generator has been seeded for this training
+            penalty=penalty,
+            checkpoint=checkpoint,
+            compiled=plan.compiled,
+            quiet=quiet,
+        )
+
+    order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(plan.seed))
+    chosen = order[:ONE_BATCH].to(fabric.device)
+    images, labels = dataset.normalise(dataset.train.images[chosen]), dataset.train.labels[chosen]
+
+    def voters():
+        return (dataset.normalise(part) for part in dataset.train.images.split(VOTERS))
+
+    method = GlobalPru(model, images[:2], seed=plan.seed, **asked, **settings)
+    return method.run(
+        train=train,
+        evaluate=lambda network: training.accuracy(network, dataset, dataset.validation),
+        epochs=plan.epochs,
+        images=voters,
+        loss=lambda network, batch: cross_entropy(network(batch[0]), batch[1]),
+        batches=[(images, labels)],
+        trained=trained,
+        rewind=rewind,
+        state=state,
+        resume=resume,
+        context=_context(dataset, fabric, plan),
+        say=say,
     )
 
 

@@ -15,9 +15,11 @@ from paamops.drawing import (
     GREY,
     LIGHT,
     ORANGE,
+    logarithmic,
     marker_size,
     new_figure,
     require_matplotlib,
+    ruled,
     shortened,
     sparsity,
     steps,
@@ -25,7 +27,20 @@ from paamops.drawing import (
     svg,
 )
 from paamops.methods import policy
-from paamops.pages import accuracy_text, flops_text, fractions, loss, percent, points_text, printable, whole_and_chosen
+from paamops.pages import (
+    UNITS,
+    accuracy_text,
+    before_and_after,
+    flops_text,
+    fractions,
+    loss,
+    percent,
+    points_text,
+    printable,
+    whole_and_chosen,
+    width_rows,
+    widths,
+)
 
 OUTCOMES = {"start": ("D", DARK), "accepted": ("o", BLUE), "rolled back": ("v", ORANGE), "skipped": ("x", GREY)}
 
@@ -55,12 +70,15 @@ def page(result, rows, command, date):
     require_matplotlib()
     return pages.render(
         "report.html",
-        result,
-        rows,
+        result.dense,
+        result.message,
+        before_and_after(result, *whole_and_chosen(result)) if rows is None else rows,
         command,
         date,
         lambda: draw(result),
+        widths=width_rows(widths(result)),
         asked=asked(result),
+        chosen=result.chosen,
         met=result.met,
         parts=attention_parts(len(result.channels.layers)),
         rounds=[round_row(result, each) for each in result.history],
@@ -74,7 +92,7 @@ def page(result, rows, command, date):
 def asked(result):
     """The objective as a sentence."""
     objective, whole = result.objective, result.channels.cost()
-    names = {"params": "parameters", "flops": "FLOPs", "both": "parameters and FLOPs"}
+    names = {**UNITS, "both": "parameters and FLOPs"}
     minimise = objective.minimise or (None if objective.sizes else "params")
     drop = objective.max_accuracy_drop
     goal = "the best accuracy" if drop is None else f"the fewest {names[minimise]}" if minimise else "a network"
@@ -112,7 +130,7 @@ def round_row(result, each):
 def draw(result):
     """The figures of the report by name, as SVG."""
     with style():
-        figures = {"history": history(result), "sparsity": sparsity(result)}
+        figures = {"history": history(result), "sparsity": sparsity(widths(result))}
         for first, last in attention_parts(len(result.channels.layers)):
             figures[f"attention-{first}"] = attention(result, first, last)
         return {name: svg(figure, name) for name, figure in figures.items()}
@@ -173,8 +191,7 @@ def draw_rounds(axis, result, values, limit):
     if result.chosen in values:
         ring = {"mfc": "none", "mec": DARK, "mew": 1.3, "ms": size + 6}
         axis.plot([result.chosen], [values[result.chosen]], "o", ls="none", label="chosen", **ring)
-    axis.grid(axis="y", color="#e6e6e6", lw=0.6)
-    axis.set_axisbelow(True)
+    ruled(axis, "y")
 
 
 def cut(axis, result, values, limit):
@@ -274,17 +291,10 @@ def draw_thresholds(axis, values, low, high, side):
 
 def lay_out(axis, low, high, count):
     """A logarithmic axis with plain numbers, the first layer on top."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_xscale("log")
     axis.set_xlim(low, high)
+    logarithmic(axis, "x")
     axis.set_ylim(count - 0.45, -0.55)
-    wide = high / low > 100
-    axis.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.6g}"))
     axis.set_xlabel("attention of a filter")
     axis.tick_params(axis="y", length=0)
     axis.spines["left"].set_visible(False)
-    axis.grid(axis="x", color="#e6e6e6", lw=0.6)
-    axis.set_axisbelow(True)
+    ruled(axis, "x")

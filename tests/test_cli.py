@@ -17,7 +17,7 @@ import torch
 
 import paamops
 from paamops import cli, data, pruning, saving, training
-from paamops.methods import paam_run
+from paamops.methods import globalpru_run, paam_run
 
 pytest.importorskip("lightning_fabric")
 pytest.importorskip("sklearn")
@@ -144,6 +144,8 @@ def test_a_network_of_your_own(capsys, tmp_path):
             ["prune", "--method", "paam", "--train-filters", "--learn", "13"],
             "--learn: 13 epochs from epoch 8 on, where --rewind starts, go beyond the 20 of --epochs",
         ),
+        (["prune", "--method", "globalpru", "--flops", "1"], "flops is 1, but no network meets it"),
+        (["prune", "--method", "globalpru", "--model", "lenet300-100"], "no convolution that can get an excitation"),
         (["prune", "--pinned", "nowhere"], "pinned names 'nowhere'"),
         (["explain", "--pinned", "nowhere"], "pinned names 'nowhere'"),
         (["prune", "--data", "mnist", "--data-root", "nowhere"], "nowhere/MNIST/raw/train-images-idx3-ubyte: no such"),
@@ -210,6 +212,22 @@ def test_an_error_is_one_line(capsys, tmp_path, monkeypatch, arguments, message)
         (["prune", "--method", "paam", "--resume"], "--resume: needs --state"),
         (["prune", "--method", "paam", "--trained"], "--trained: needs --model package.module:function"),
         (["prune", "--method", "paam", "--report", "a", "--no-report"], "not allowed with --no-report"),
+        (["prune", "--rate", "0.5"], "--rate: not for --method once"),
+        (["prune", "--method", "paam", "--mode", "mixed"], "--mode: not for --method paam"),
+        (["prune", "--method", "aap", "--beta", "1"], "--beta: not for --method aap"),
+        (["prune", "--method", "globalpru", "--rate", "1"], "--rate: '1' must be above 0 and below 1"),
+        (["prune", "--method", "globalpru", "--rate", "nan"], "--rate: 'nan' must be above 0 and below 1"),
+        (
+            ["prune", "--method", "globalpru", "--rate", "0.5", "--flops", "0.5"],
+            "--rate: not allowed with --flops; only",
+        ),
+        (["prune", "--method", "globalpru", "--filters", "5"], "--filters: not for --method globalpru"),
+        (["prune", "--method", "globalpru", "--rounds", "5"], "--rounds: not for --method globalpru"),
+        (["prune", "--method", "globalpru", "--mode", "both"], "--mode: invalid choice: 'both'"),
+        (
+            ["prune", "--method", "globalpru", "--epochs", "0"],
+            "--epochs: '0' must be at least 1 for --method globalpru",
+        ),
         (["prune", "--params", "half"], "--params: 'half' is neither a fraction"),
         (["prune", "--params", "1.5"], "--params: '1.5' is neither a fraction"),
         (["prune", "--flops", "0"], "--flops: '0' is neither a fraction"),
@@ -384,6 +402,64 @@ def test_paam_of_the_real_thing(capsys, tmp_path):
 def test_a_network_scored_with_its_filters_training(capsys):
     assert cli.main([*PAAM, "--epochs", "2", "--rounds", "1", "--rewind", "0", "--train-filters", "--no-report"]) == 0
     assert columns(capsys.readouterr().out, "parameters")[2] <= -50
+
+
+GLOBALPRU = ["prune", "--method", "globalpru", "--model", "lenet5", "--device", "cpu"]
+
+
+def test_settings_of_globalpru(monkeypatch, capsys, tmp_path):
+    """Its defaults and its options, as `prune_by_ranking` is given them."""
+    seen = types.SimpleNamespace()
+
+    def prune_by_ranking(model, dataset, fabric, plan, asked, say, quiet, **settings):
+        seen.plan, seen.asked, seen.settings, seen.quiet = plan, asked, settings, quiet
+        report = lambda path, rows, command: Path(path).write_text(command)  # noqa: E731
+        return types.SimpleNamespace(whole=model, model=model, message="Half is gone.", report=report)
+
+    monkeypatch.setattr(pruning, "prune_by_ranking", prune_by_ranking)
+    monkeypatch.setattr(pruning, "report", lambda *_: [("test accuracy", "99.00 %", "98.00 %", "-1.00 points")])
+    assert cli.main(GLOBALPRU) == 0
+    assert (seen.plan.epochs, seen.plan.batch_size, seen.plan.schedule.rate) == (20, 32, 0.01)
+    assert seen.asked == {"rate": 0.5}
+    assert seen.settings == {"rewind": 0.4, "trained": False, "pinned": [], "state": None, "resume": False}
+    assert "Half is gone." in capsys.readouterr().out
+    assert (tmp_path / "runs" / "lenet5-digits.html").read_text() == f"python -m paamops {' '.join(GLOBALPRU)}"
+    words = "--flops 0.25 --epochs 9 --mode mixed --alpha 0 --beta 0.5 --rewind 0.2 --pinned conv1 --quiet --no-report"
+    weights = ["--weights", "runs/lenet5-digits.safetensors", "--state", "kept", "--resume"]
+    assert cli.main([*GLOBALPRU, *words.split(), *weights]) == 0
+    assert (seen.asked, seen.plan.epochs) == ({"flops": 0.25}, 9)
+    expected = {"mode": "mixed", "alpha": 0, "beta": 0.5, "rewind": 0.2, "trained": True, "pinned": ["conv1"]}
+    assert seen.settings == expected | {"state": "kept", "resume": True}
+    elsewhere = data.load("digits")
+    monkeypatch.setattr(data, "load", lambda *_: elsewhere)
+    assert cli.main([*GLOBALPRU, "--data", "mnist", "--rate", "0.25"]) == 0  # the papers' schedule
+    assert (seen.plan.epochs, seen.settings["rewind"], seen.asked) == (100, 0.5, {"rate": 0.25})
+    assert inspect.signature(globalpru_run.run).parameters["rewind"].default == cli.GLOBALPRU_REWIND
+
+
+def test_globalpru_of_the_real_thing(capsys, tmp_path):
+    """One ranking, a packed network, its report; resumed it is the same; what was saved can be pruned again."""
+    words = [*GLOBALPRU, "--epochs", "2", "--flops", "0.4"]
+    for name in ("one", "two"):
+        assert cli.main([*words, "--out", name, "--state", f"state-{name}"]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert columns(said.out, "FLOPs an image")[2] <= -60
+    for stage in ("warm: accuracy", "ranked: accuracy", "pruned: accuracy", "tuned: accuracy"):
+        assert said.out.count(stage) == 2
+    small = saving.load(tmp_path / "one")
+    digits = data.load("digits")
+    accuracy = 100 * training.accuracy(small, digits, digits.test)
+    assert columns(said.out, "test accuracy")[1] == pytest.approx(accuracy, abs=0.01)
+    assert (tmp_path / "one.html").stat().st_size > 20_000
+    assert cli.main([*words, "--out", "three", "--state", "state-one"]) == 1
+    assert "holds a run; resume it" in capsys.readouterr().err
+    assert cli.main([*words, "--out", "three", "--state", "state-one", "--resume"]) == 0
+    assert (tmp_path / "three").read_bytes() == (tmp_path / "one").read_bytes()
+    again = ["prune", "--method", "globalpru", "--weights", "one", "--epochs", "2", "--mode", "mixed", "--rate", "0.3"]
+    assert cli.main([*again, "--device", "cpu", "--out", "four", "--no-report"]) == 0
+    assert columns(capsys.readouterr().out, "parameters")[2] < 0
 
 
 @pytest.mark.parametrize(
@@ -613,7 +689,14 @@ def test_main_job(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [TINY, [*PAAM, "--params", "0.3", "--epochs", "3", "--rounds", "1", "--no-report"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        TINY,
+        [*PAAM, "--params", "0.3", "--epochs", "3", "--rounds", "1", "--no-report"],
+        [*GLOBALPRU, "--epochs", "3", "--no-report"],
+    ],
+)
 def test_two_processes(tmp_path, words):
     done = subprocess.run(
         command(*words, "--processes", "2", "--quiet"), capture_output=True, text=True, timeout=300, check=False

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import paamops
-from paamops import paam_reporting
+from paamops import paam_reporting, pages
 from paamops.methods.paam_run import PAAMResult, PAAMRound
 from paamops.models import build
 from tests.test_reporting import NASTY, Reader, small_network
@@ -166,7 +166,7 @@ def test_lines_of_the_table_have_four_entries():
 )
 def test_what_was_asked(budget, sentence):
     result = resnet_result(budget=budget)
-    assert paam_reporting.asked(result) == f"the best accuracy with {sentence}"
+    assert pages.asked_text(result.channels, result.budget) == f"the best accuracy with {sentence}"
     unit = sentence.rpartition(" ")[2]
     axis = paam_reporting.scores(result).axes[1]
     assert axis.get_ylabel() == f"{unit}\nremoved (%)"
