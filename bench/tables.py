@@ -1,7 +1,7 @@
 """python -m bench.tables: write the README's measured tables from bench/results/.
 
 A table stands between `<!-- bench: NAME -->` and `<!-- end of bench -->`, where NAME is a file of bench/results/
-without its ending: of `python -m bench`, of `python -m bench.main_job`, or of `python -m bench.paam_job`. Nothing
+without its ending: of `python -m bench`, of `python -m bench.main_job`, or of `python -m bench.methods_job`. Nothing
 between them is written by hand.
 """
 
@@ -28,6 +28,10 @@ def fill(text, results):
 
 def table(stored):
     """A Markdown table of one machine's results, and below it what they were measured with."""
+    if "attacks" in stored:
+        from bench import robustness  # here, so that the other tables need no build
+
+        return robustness.table(stored)
     if "methods" in stored:
         return methods(stored)
     if "seeds" in stored:
@@ -74,15 +78,16 @@ def main_job(stored):
 
 
 def methods(stored):
-    """What `python -m bench.paam_job` stored, a line for each method: mean and, in brackets, lowest to highest seed."""
+    """What `python -m bench.methods_job` stored, a line for each method: mean and, in brackets, the range."""
     seeds = stored["seeds"].values()
     lines = [
-        "| | test accuracy, % | parameters left, % | FLOPs left, % | epochs after the first training | seconds |",
-        "|---|---|---|---|---|---|",
+        "| | test accuracy, % | parameters left, % | FLOPs left, % | epochs after the first training |",
+        "|---|---|---|---|---|",
     ]
     for name, title in stored["methods"].items():
-        whole = [run["dense"] for run in seeds]
-        runs = [run[name] for run in seeds]
+        runs, whole = [run[name] for run in seeds if name in run], [run["dense"] for run in seeds if name in run]
+        if not runs:
+            continue
         shares = [
             [100 * run[size] / dense[size] for run, dense in zip(runs, whole, strict=True)]
             for size in ("params", "flops")
@@ -92,7 +97,6 @@ def methods(stored):
             _spread([run["accuracy"] for run in runs], "{:.2f}"),
             *(_spread(share, "{:.1f}") for share in shares),
             _spread(epochs, "{:.0f}"),
-            _spread([run["seconds"] for run in runs], "{:.0f}"),
         ]
         lines.append(f"| {title} | {' | '.join(cells)} |")
     facts, numbers = stored["machine"], list(stored["seeds"])

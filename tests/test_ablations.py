@@ -12,7 +12,7 @@ from torch import nn
 import paamops
 from bench import harness
 from bench.ablations import __main__ as command
-from bench.ablations import paam, pruning, scores, spread, stability, tables, thresholds, workshop
+from bench.ablations import globalpru, paam, pruning, scores, spread, stability, tables, thresholds, workshop
 from tests.networks import Plain
 from tests.tolerances import assert_close
 
@@ -225,6 +225,9 @@ VARIANTS = {
     "paam-attention": list(paam.SCORINGS),
     "paam-gate": ["free", "explicit"],
     "paam-frozen": [*paam.FROZEN, "filters train, and are kept"],
+    "globalpru-beta": [globalpru.WITHOUT, *(f"β = {beta:g}" for beta in globalpru.BETAS)],
+    "globalpru-election": ["assignment", "Borda count", "mean saliency", "random", "assignment, logits"],
+    "globalpru-rates": ["GlobalPru", "magnitude"],
 }
 
 
@@ -255,9 +258,12 @@ def test_ablation_on_digits(shop, measured, name):
     assert stored["settings"]["train"] == len(shop.dataset.train)
     assert stored["machine"]["torch"] == torch.__version__
     for run in runs if name != "stability" else ():
-        assert run["params_removed"] >= run["removed"] - 1e-5
-        # Filters that never respond go at any threshold, however many they are.
-        assert run["params_removed"] < run["removed"] + 0.05 or "layer-aware" in run["variant"]
+        if name.startswith("globalpru"):  # asked for is a share of each layer's channels
+            assert 0 < run["params_removed"] < 1
+        else:
+            assert run["params_removed"] >= run["removed"] - 1e-5
+            # Filters that never respond go at any threshold, however many they are.
+            assert run["params_removed"] < run["removed"] + 0.05 or "layer-aware" in run["variant"]
         assert 0 <= run["before"] <= 1
         assert 0 <= run["after"] <= 1
         assert run["dense"] == pytest.approx(shop.dense(run["seed"]).accuracy, abs=1e-5)
@@ -371,6 +377,30 @@ def test_columns_of_what_was_learned():
     assert "| l1 | 30.00 % | 12.50 % |  |  | 40.00 % | -10.00 | 60.00 % | -20.00 | one seed |" in rows[1]
     assert tables.spanned([1.0, 3.0]) == "2 (1 to 3)"
     assert tables.whole([101.0, 153.4]) == "127 (101 to 153)"
+
+
+def test_what_diverged_is_told():
+    base = {"removed": 0.7, "params_removed": 0.7, "flops_removed": 0.3, "before": 0.5, "after": 0.8}
+    runs = [base | {"seed": seed, "variant": tables.BASE["paam-attention"]} for seed in (0, 1)]
+    gone = {"removed": 0.7, "diverged": True}
+    runs += [base | {"seed": 0, "variant": "some"}, gone | {"seed": 1, "variant": "some"}]
+    runs += [gone | {"seed": seed, "variant": "all"} for seed in (0, 1)]
+    head, _, _, some, every = tables.comparison({"ablation": "paam-attention", "runs": runs})
+    assert "| some (diverged under 1 of 2 seeds) | 30.00 % | 50.00 % | +0.00 | 80.00 % | +0.00 | one seed |" in some
+    assert "|  | all (diverged under 2 of 2 seeds) |" in every
+    assert every.count("|") == head.count("|")
+
+
+def test_a_scoring_that_diverges(shop, monkeypatch):
+    def learned(shop, dense, removed, **settings):
+        raise ValueError("the attention network has diverged" if settings else "else")
+
+    monkeypatch.setattr(paam, "learned", learned)
+    with pytest.raises(ValueError, match="else"):
+        next(paam.scoring(shop))
+    monkeypatch.setattr(paam, "SCORINGS", {"fast": {"slope": 9.0}})
+    run = next(paam.scoring(shop))
+    assert run == {"seed": 0, "variant": "fast", "removed": shop.scale.removed[-1], "diverged": True}
 
 
 def test_command_takes_the_scale_of_the_ablation(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -62,6 +63,10 @@ def test_the_command_line_takes_each_recipe(name, folder):
         assert args.minimise == {"p": "params", "f": "flops"}[target[0]]
         assert args.max_accuracy_drop == pytest.approx(int(target[1]) / 100)
         assert args.params is None
+    elif method == "globalpru":
+        assert args.mode == ("mixed" if target == ["mixed"] else None)
+        if args.rate is None:
+            assert args.flops == pytest.approx(1 - recipe.paper[2] / 100)
     else:
         assert args.params == pytest.approx(1 - recipe.paper[1] / 100)
         assert (args.flops, args.filters, args.train_filters) == (None, None, False)
@@ -145,8 +150,16 @@ def test_a_recipe_of_paam_without_flops_in_the_paper(folder, monkeypatch, capsys
     assert "FLOPs removed, %             60.00         -           -" in out
 
 
-def test_a_recipe_of_paam_runs_and_goes_on(folder, monkeypatch, capsys):
-    """The real command on a few made-up images and a smaller network: cut in the retraining, then to the end."""
+@pytest.mark.parametrize(
+    ("name", "words", "trainings", "told"),
+    [
+        ("resnet110-paam", ["--rounds", "1"], ["training", "learning scores", "training", "training"], "0 rounds; "),
+        ("vgg16-globalpru-fixed", [], ["training"] * 4, "stage ranked: "),
+        ("vgg16-globalpru-mixed", [], ["training"] * 4, "stage ranked: "),
+    ],
+)
+def test_a_recipe_runs_and_goes_on(folder, monkeypatch, capsys, name, words, trainings, told):
+    """The real command on a few made-up images and a smaller network: cut in the third training, then to the end."""
     pytest.importorskip("lightning_fabric")
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(cifar, "IMAGES", 30)
@@ -156,30 +169,33 @@ def test_a_recipe_of_paam_runs_and_goes_on(folder, monkeypatch, capsys):
     for number in (*range(1, 6), "test"):
         records = random.integers(0, 256, (30, cifar.RECORD))
         records[:, 0] = random.integers(0, 10, 30)
-        name = f"data_batch_{number}.bin" if number != "test" else "test_batch.bin"
-        records.astype(np.uint8).tofile(images / name)
-    recipe = dataclasses.replace(RECIPES["resnet110-paam"], model="lenet5")
-    words = ["--data-root", str(folder), "--device", "cpu", "--runs", str(folder / "runs")]
-    parsed = runner._parser().parse_args(["resnet110-paam", *words])
-    call = runner.command("resnet110-paam", recipe, parsed, ["--epochs", "2", "--batch-size", "15", "--rounds", "1"])
+        file = f"data_batch_{number}.bin" if number != "test" else "test_batch.bin"
+        records.astype(np.uint8).tofile(images / file)
+    recipe = dataclasses.replace(RECIPES[name], model="lenet5")
+    places = ["--data-root", str(folder), "--device", "cpu", "--runs", str(folder / "runs")]
+    parsed = runner._parser().parse_args([name, *places])
+    call = runner.command(name, recipe, parsed, ["--epochs", "2", "--batch-size", "15", *words])
     train, labels = training.train, []
 
     def cut(*arguments, **settings):
-        labels.append(settings["label"])
+        labels.append(settings.get("label", "training"))
         if len(labels) == 3:
             raise KeyboardInterrupt
         return train(*arguments, **settings)
 
     monkeypatch.setattr(training, "train", cut)
     assert cli.main(call) == 130
-    run = folder / "runs" / "resnet110-paam"
-    assert "0 rounds; validation accuracy" in runner.progress(run)
+    run = folder / "runs" / name
+    assert f"{told}validation accuracy" in runner.progress(run)
     assert cli.main(call) == 0
-    assert labels == ["training", "learning scores", "training", "training"]  # what was done is not done again
-    assert "1 rounds; validation accuracy" in runner.progress(run)
+    assert labels == trainings  # what was done is not done again
+    assert re.search("(1 rounds|stage tuned:);? validation accuracy", runner.progress(run))
     rows = runner.table(capsys.readouterr().out.splitlines())
-    compared = runner.compare(recipe, rows)
-    assert 54 <= compared["reached"]["params_removed"] < 60
+    reached = runner.compare(recipe, rows)["reached"]
+    if recipe.paper[1] is not None:
+        assert recipe.paper[1] <= reached["params_removed"] < recipe.paper[1] + 6
+    else:
+        assert recipe.paper[2] - 0.1 <= reached["flops_removed"] < recipe.paper[2] + 9
     assert {"state", "model.safetensors", "report.html"} <= {path.name for path in run.iterdir()}
 
 

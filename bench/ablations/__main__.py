@@ -1,4 +1,4 @@
-"""python -m bench.ablations NAME ...: ablations of AAP and PAAM on real images; the runs go to bench/results/."""
+"""python -m bench.ablations NAME ...: ablations of the methods on real images; the runs go to bench/results/."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,7 @@ import time
 import torch
 
 from bench import machine
-from bench.ablations import paam, pruning, stability
+from bench.ablations import globalpru, paam, pruning, stability
 from bench.ablations.tables import table
 from bench.ablations.workshop import SCALES, Workshop
 from paamops import cli
@@ -29,7 +29,11 @@ NAMES = {
     "paam-attention": paam.scoring,
     "paam-gate": paam.gate,
     "paam-frozen": paam.frozen,
+    "globalpru-beta": globalpru.betas,
+    "globalpru-election": globalpru.election,
+    "globalpru-rates": globalpru.rates,
 }
+METHODS = {"paam": paam.SCALES, "globalpru": globalpru.SCALES}
 RESULTS = pathlib.Path(__file__).parents[1] / "results"
 
 
@@ -40,7 +44,7 @@ def main(arguments=None):
         torch.set_num_threads(options.threads)
     shops = {}  # one for each scale
     for name in NAMES if "all" in options.names else dict.fromkeys(options.names):
-        scale = (paam.SCALES if name.startswith("paam") else SCALES)[options.data]
+        scale = METHODS.get(name.partition("-")[0], SCALES)[options.data]
         if options.seeds:
             scale = dataclasses.replace(scale, seeds=options.seeds)
         if scale not in shops:

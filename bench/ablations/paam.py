@@ -79,7 +79,14 @@ def scoring(shop):
     removed = shop.scale.removed[-1]
     for dense in each_seed(shop):
         for name, settings in SCORINGS.items():
-            yield pruned(shop, dense, name, removed, *learned(shop, dense, removed, **settings))
+            try:
+                found = learned(shop, dense, removed, **settings)
+            except ValueError as error:  # what `keep` says of scores that are not finite
+                if "diverged" not in str(error):
+                    raise
+                yield {"seed": dense.seed, "variant": name, "removed": removed, "diverged": True}
+            else:
+                yield pruned(shop, dense, name, removed, *found)
 
 
 def frozen(shop):

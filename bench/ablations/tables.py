@@ -24,6 +24,9 @@ BASE = {
     "paam-attention": "additive, leaky exponential, slope 0.1",
     "paam-frozen": "frozen",
     "paam-gate": "free",
+    "globalpru-beta": "mean saliency, no stage",
+    "globalpru-election": "assignment",
+    "globalpru-rates": "magnitude",
 }
 # The paper, §4.4: accuracy against mean, p = 1, in points, of VGG-16 on CIFAR-10 without 57.73 % of its parameters.
 PAPER = {"max, p = 1": -0.13, "sum, p = 1": -0.25, "mean, p = 2": -0.04, "mean, p = 4": -0.09}
@@ -58,15 +61,15 @@ def table(stored):
 def comparison(stored):
     """Variants at equal sizes, held against one of them."""
     base = BASE[stored["ablation"]]
-    paper, of_paam = stored["ablation"] == "mapping", stored["ablation"].startswith("paam")
-    more = {key: cells for key, cells in LEARNED.items() if of_paam and any(key in run for run in stored["runs"])}
+    paper, learns = stored["ablation"] == "mapping", stored["ablation"].startswith(("paam", "globalpru"))
+    more = {key: cells for key, cells in LEARNED.items() if learns and any(key in run for run in stored["runs"])}
     head = [
         "parameters removed",
         "variant",
         "FLOPs removed",
         *(head for head, _ in more.values()),
         "accuracy before retraining",
-        *([f"against {base}, points"] if of_paam else []),
+        *([f"against {base}, points"] if learns else []),
         "after",
         f"against {base}, points",
         "told apart",
@@ -76,13 +79,18 @@ def comparison(stored):
         runs = [run for run in stored["runs"] if run["removed"] == removed]
         for variant in unique(runs, "variant"):
             own, other = by_seed(runs, variant), by_seed(runs, base_of(stored["ablation"], variant))
+            seeds, own = len(own), {seed: run for seed, run in own.items() if not run.get("diverged")}
+            told = variant if len(own) == seeds else f"{variant} (diverged under {seeds - len(own)} of {seeds} seeds)"
+            if not own:
+                rows.append(["", told, *[""] * (len(head) - 2)])
+                continue
             row = [
                 percent([run["params_removed"] for run in own.values()]),
-                variant,
+                told,
                 percent([run["flops_removed"] for run in own.values()]),
                 *(shown([run[key] for run in own.values() if key in run]) for key, (_, shown) in more.items()),
-                percent([run["before"] for run in own.values()], spread=of_paam),
-                *(against(own, other, "before")[:1] if of_paam else ()),
+                percent([run["before"] for run in own.values()], spread=learns),
+                *(against(own, other, "before")[:1] if learns else ()),
                 percent([run["after"] for run in own.values()], spread=True),
                 *against(own, other),
             ]
@@ -236,7 +244,7 @@ def share(values):
     return percent(values) if values else ""
 
 
-# What the runs of PAAM's ablations have besides: key -> (head of the column, the cell from the values of all seeds).
+# What the runs of some ablations have besides: key -> (head of the column, the cell from the values of all seeds).
 LEARNED = {
     "thinnest": ("thinnest layer keeps", share),
     "lambda": ("λ at the end", spanned),
@@ -246,6 +254,11 @@ LEARNED = {
     "difference": ("scores differ by", spanned),
     "same": ("kept sets in common", share),
     "scored": ("accuracy with scores", share),
+    "kendall before": ("τ when elected", spanned),
+    "kendall": ("τ when learned", spanned),
+    "overlap before": ("overlap when elected", share),
+    "overlap": ("overlap when learned", share),
+    "whole": ("accuracy before the cut", share),
 }
 
 

@@ -1,7 +1,7 @@
 """The papers' results on CIFAR-10 as recipes: what is run, and what the paper reports for it.
 
 Schedules, batch sizes and weight decay are those of AAP's Table 1, which `paamops.training.SCHEDULES` holds; PAAM's
-paper (the part of it that is public here) gives none.
+paper (the part of it that is public here) gives none, nor does GlobalPru's.
 """
 
 from dataclasses import dataclass
@@ -33,6 +33,11 @@ def paam(model, gain, removed):
     return Recipe(model, words, None, (-gain, removed, None))
 
 
+def globalpru(model, drop, flops, *words):
+    """GlobalPru to the FLOPs or the rate of the paper, §4.1 and §4.2: accuracy drop, in points; FLOPs removed, in %."""
+    return Recipe(model, ("--method", "globalpru", *words), None, (drop, None, flops))
+
+
 RECIPES = {
     "resnet56-aap-p-0": aap("resnet56", 0.0, "params", 92.84, (-0.33, 79.11, 56.97)),
     "resnet56-aap-p-1": aap("resnet56", 1.0, "params", 92.84, (0.86, 88.23, 70.09)),
@@ -43,4 +48,7 @@ RECIPES = {
     "vgg19-aap-f-0": aap("vgg19", 0.0, "flops", 93.90, (-0.03, 87.63, 61.31)),
     "resnet56-paam": paam("resnet56", 1.02, 52.3),
     "resnet110-paam": paam("resnet110", 1.19, 54.0),
+    "vgg16-globalpru-fixed": globalpru("vgg16", 0.21, 55.2, "--flops", "0.448"),
+    "vgg16-globalpru-mixed": globalpru("vgg16", None, 56.7, "--flops", "0.433", "--mode", "mixed"),
+    "resnet20-globalpru": globalpru("resnet20", 0.34, None, "--rate", "0.68"),
 }

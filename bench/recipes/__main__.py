@@ -127,7 +127,9 @@ def progress(state):
     """How far a run is, as its folder tells."""
     rounds = history(state)
     parts = [f"{spend(state, 0) / 60:.0f} minutes in all"]
-    if rounds and "outcome" not in rounds[0]:  # of PAAM
+    if rounds and "name" in rounds[0]:  # of GlobalPru
+        parts += [f"stage {stage['name']}: validation accuracy {stage['accuracy']:.2%}" for stage in rounds]
+    elif rounds and "outcome" not in rounds[0]:  # of PAAM
         *_, last = rounds
         parts.append(f"{len(rounds) - 1} rounds; validation accuracy {last['accuracy']:.2%} after the last")
         parts[-1] += f" ({rounds[0]['accuracy']:.2%} unpruned)"
