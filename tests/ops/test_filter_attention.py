@@ -398,7 +398,8 @@ def test_dtypes(dtype):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     assert x.dtype == wide
     expected, grads = exact(*leaves, offsets, grad)
-    assert_close(x.detach(), expected, wide)
+    scale = 1 + v.abs().sum(1).max()  # of the terms: their sum may cancel
+    assert_close(x.detach() / scale, expected / scale, wide)
     for actual, right in zip(torch.autograd.grad(x, leaves, grad.to(wide)), grads, strict=True):
         assert actual.dtype == dtype
         torch.testing.assert_close(actual.double(), right, rtol=0.02, atol=1e-3)

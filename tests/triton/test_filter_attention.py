@@ -168,7 +168,9 @@ def test_what_is_not_finite_goes_where_the_formula_says(value):
         {"q": q[25], "k": k[25], "v": v[1], "grad": grad[25:26]}[where][0] = value
         exact = [t.double().cpu() for t in (q, k, v, b, grad)]
         x = kernels.filter_attention(q, k, v, b, offsets, list(TABLE))
-        assert_close(x, ops.filter_attention_reference(*exact[:4], offsets, ()), torch.float32)
+        wanted = ops.filter_attention_reference(*exact[:4], offsets, ())
+        scale = 1 + exact[2].nan_to_num(0, 0, 0).abs().sum(1).max()  # of the terms: their sum may cancel
+        assert_close(x.double().cpu() / scale, wanted / scale, torch.float32)
         actual = kernels.filter_attention_backward(grad, q, k, v, offsets, list(TABLE))
         wanted = ops.filter_attention_backward_reference(exact[4], *exact[:3], offsets, ())
         for mine, right in zip(actual, wanted, strict=True):
