@@ -2,7 +2,7 @@
 
 ResNet-20 on scikit-learn's digits. For each seed one network is trained; each method prunes that one to the same FLOPs,
 a share of the unpruned network's, and trains as the command line has it. The norms' network is cut once, by the same
-share in every layer, and then trained for as many epochs as the method that trains longest after the first training.
+share in every layer, and then trained for as many epochs as three rounds of PAAM.
 The test images are seen by the stored figures only. All of it is stored as it comes, beside what was there before: the
 figures in bench/results/methods-job-SHARE-MACHINE.json, the networks in a folder of their own.
 """

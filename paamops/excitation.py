@@ -62,9 +62,10 @@ def excite(model, example_inputs, layers=None, reduction=16, pinned=()):
         paamops.excite(model, images)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)  # made afterwards: there are new parameters
 
-    Where: after the norm and the ReLU that follow a convolution; where a residual sum follows the norm, before the sum,
-    so that the identity is added to what is scaled (GlobalPru, Wang et al. 2023, §4.2). Convolutions on a shortcut and
-    the first one of the network get one too: the paper does not speak of them.
+    Where: after the norm and the ReLU or ReLU6 that follow a convolution (another activation comes after it); where a
+    residual sum follows the norm, before the sum, so that the identity is added to what is scaled (GlobalPru, Wang et
+    al. 2023, §4.2). Convolutions on a shortcut and the first one of the network get one too: the paper does not speak
+    of them.
 
     Args:
         model: nn.Module, traceable; trained or not. example_inputs: what `trace` takes.
@@ -78,11 +79,16 @@ def excite(model, example_inputs, layers=None, reduction=16, pinned=()):
     Raises:
         ValueError: the model has excitations already; no convolution can be pruned; one of `layers` is no convolution,
             has a single channel, does not run exactly once, or is a function's. The model is then as it was.
-        TypeError: `model` is not a module.
+        TypeError: `model` is not a module, or `layers` a string.
+
+    A convolution whose weight is computed in the forward pass (weight_norm) gets none: the trace keeps it whole.
     """
     if isinstance(reduction, bool) or not isinstance(reduction, int) or reduction < 1:
         raise ValueError(f"reduction is {reduction!r}; it must be an int of at least 1")
     channels = tracing.trace(model, example_inputs, pinned)
+    if isinstance(layers, str):
+        raise TypeError(f"layers is {layers!r}; it must be a list of names")
+    layers = None if layers is None else list(layers)
     if found := excitations(model):
         raise ValueError(f"model has excitations already, at {', '.join(list(found)[:3])}")
     seen = _follow(model, example_inputs)
@@ -129,6 +135,10 @@ def install(model, places):
             (getattr(host, name) for name in ("out_channels", "num_features", "num_channels") if hasattr(host, name)),
             None,
         )
+        if hasattr(host, "excitation"):
+            raise ValueError(f"places names {path!r}, which has an excitation already")
+        if activation not in op.ACTIVATIONS:
+            raise ValueError(f"places gives {path!r} the activation {activation!r}; it must be one of {op.ACTIVATIONS}")
         if size is None:
             raise ValueError(f"places names {path!r}; it must be a convolution or a norm of the model")
         tensor = next(iter(host.parameters()), next(iter(model.parameters()), None))
@@ -199,13 +209,19 @@ class _Uses(TorchFunctionMode):
         hosts = [module for module in model.modules() if isinstance(module, (nn.modules.conv._ConvNd, *NORMS))]
         self.convolved, self.returned, self.read = {}, {host: [] for host in hosts}, {host: [] for host in hosts}
         self._uses, self._changed, self._kept = {}, set(), []
-        self._hooks = [host.register_forward_hook(self._follow) for host in hosts]
+        self._hooks = [host.register_forward_hook(self._follow, with_kwargs=True) for host in hosts]
 
-    def _follow(self, module, args, output):
+    def _follow(self, module, args, kwargs, output):
         self.returned[module].append(output)
         self._uses.setdefault(id(output), [])
         if isinstance(module, NORMS):
-            self.read[module].append(args[0])
+            self.read[module].append(args[0] if args else kwargs["input"])
+
+    def leave(self, outputs):
+        """The model returns these: whoever gets them reads them."""
+        for value in tracing.leaves(outputs):
+            if id(value) in self._uses:
+                self._uses[id(value)].append("other")
 
     def returned_by(self, tensor):
         """The module that returned the tensor, or None."""
@@ -219,7 +235,7 @@ class _Uses(TorchFunctionMode):
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
         result = func(*args, **kwargs)
         self._kept.append(result)  # so that no id is given to a second tensor
-        if not isinstance(result, torch.Tensor) or name == "__get__":
+        if not isinstance(result, torch.Tensor):  # a size, say
             return result
         for value in tracing.leaves((args, kwargs)):
             if id(value) in self._uses and id(value) not in self._changed:
@@ -249,6 +265,7 @@ def _named(func, args, kwargs):
 
 def _follow(model, example_inputs):
     args, kwargs = tracing.arguments(example_inputs)
-    with tracing.evaluating(model), torch.no_grad(), _Uses(model) as outputs:
-        model(*args, **kwargs)
-    return outputs
+    with tracing.evaluating(model), torch.no_grad(), _Uses(model) as seen:
+        outputs = model(*args, **kwargs)
+    seen.leave(outputs)
+    return seen

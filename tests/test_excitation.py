@@ -156,6 +156,27 @@ def test_chosen_layers_and_hidden_units():
     assert excite(model, images(), pinned=("0",), reduction=8) == {"4": (12, "relu")}
 
 
+class Peculiar(nn.Module):
+    """Its norm is called by keyword; what the ReLU reads is read by somebody else too."""
+
+    def __init__(self, other):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(1, 6, 1), nn.BatchNorm2d(6), nn.Conv2d(6, 3, 1)
+        self.other = other
+
+    def forward(self, x):
+        y = self.norm(input=self.one(x))
+        z = self.two(F.relu(y)).mean((2, 3))
+        if self.other == "data":
+            return z + y.data.mean()
+        return (z, y) if self.other == "returned" else z
+
+
+@pytest.mark.parametrize(("other", "name"), [("nobody", "relu"), ("data", "none"), ("returned", "none")])
+def test_a_relu_that_is_not_the_only_reader_is_left_where_it_is(other, name):
+    assert excite(Peculiar(other).eval(), images(), layers=["one"]) == {"norm": (4, name)}
+
+
 class Twice(nn.Module):
     def __init__(self):
         super().__init__()
@@ -197,8 +218,12 @@ def test_refused():
         excite(models.build("lenet300-100", in_channels=1), torch.randn(2, 1, 28, 28))
     with pytest.raises(ValueError, match="places names '8'"):
         install(model, {"0": (4, "none"), "8": (4, "none")})
+    with pytest.raises(ValueError, match="places gives '0' the activation 'gelu'"):
+        install(model, {"0": (4, "gelu")})
     assert not excitations(model)
     excite(model, images())
+    with pytest.raises(ValueError, match="places names '1', which has an excitation already"):
+        install(model, {"1": (4, "none")})
     with pytest.raises(ValueError, match="has excitations already, at 1, 4"):
         excite(model, images())
 

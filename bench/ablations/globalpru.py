@@ -74,8 +74,7 @@ def warmed(shop, dense):
 def warm_copy(shop, warm, **settings):
     """Another GlobalPru with the same network and votes."""
     gp = paamops.GlobalPru(copy.deepcopy(warm.model), shop.example, **{"rate": RATE, "beta": BETA, **settings})
-    for own, votes in zip(gp.votes, warm.votes, strict=True):
-        own.copy_(votes)
+    gp.take_votes(warm.votes)
     return gp
 
 

@@ -50,7 +50,7 @@ class GlobalPru:
         model: nn.Module, trained or not. It gets its excitations here, in place, unless it has them already (from
             `paamops.excite`, or loaded with them). Make optimizers afterwards.
         example_inputs: what `trace` takes.
-        rate: p ∈ (0, 1), the share of each layer's channels that goes. Or, in its place, a budget:
+        rate: p ∈ (0, 1), the share of each layer's channels that goes, of those that may. Or, in its place, a budget:
         params, flops: a float in (0, 1] is the share that stays, an int the number. The rate is then the lowest that
             meets it, found exactly.
         mode: "fixed": one rate for all layers. "mixed": a layer's rate follows its mean Hessian trace (`measure`).
@@ -94,9 +94,11 @@ class GlobalPru:
         seed=0,
     ):
         _check(model, rate, params, flops, mode, alpha, beta, logits, seed)
-        self.model, self.rate, self.mode = model, rate, mode
+        self.model, self.mode = model, mode
+        self.rate = None if rate is None else float(rate)
         self.alpha, self.beta, self.logits, self.seed = float(alpha), float(beta), logits, int(seed)
         self.budget = {name: value for name, value in {"params": params, "flops": flops}.items() if value is not None}
+        self.budget = {n: int(v) if isinstance(v, numbers.Integral) else float(v) for n, v in self.budget.items()}
         made = not excitation.excitations(model)
         if made:
             with torch.random.fork_rng():
@@ -118,27 +120,41 @@ class GlobalPru:
     def reset(self):
         """Forget votes, rankings and traces."""
         self.rankings, self.traces, self._tops, self._selection = None, None, None, None
-        made = {}
-        for key, each in zip(self._districts, self.excitations, strict=True):
-            size = each.expand.out_features
-            made.setdefault(key, torch.zeros(size, size, dtype=torch.int64, device=each.expand.weight.device))
-        self.votes = [made[key] for key in self._districts]
-        for each in self.excitations:
-            each.saliency = None
+        sizes = {key: len(sets) for key, sets in zip(self._districts, self.sets, strict=True)}
+        self._votes = {key: torch.zeros(size, size, dtype=torch.int64) for key, size in sizes.items()}
+        self._merged = False  # whether they are those of all processes
+        self._forget()
+
+    @property
+    def votes(self):
+        """For each excitation the (C, C) votes of its election; those of channels that are one are one tensor."""
+        return [self._votes[key] for key in self._districts]
+
+    def take_votes(self, votes):
+        """These in place of the votes so far, one (C, C) for each excitation: of a run that goes on."""
+        self._votes, self._merged = dict(zip(self._districts, votes, strict=True)), True
 
     def penalty(self):
         """α Σ_l ‖π_l‖₁ + β Σ_l Φ_l of the last forward pass, means over its images; without Φ before `elect`.
 
-        RuntimeError: there was no forward pass yet.
+        RuntimeError: there was no forward pass yet, or none that recorded gradients: under no_grad, within reentrant
+        checkpointing, in the replicas of a DataParallel.
         """
         saliencies = [each.saliency for each in self.excitations]
         if any(each is None for each in saliencies):
             raise RuntimeError("penalty() was called before a forward pass of the model; there are no saliencies yet")
-        total = self.alpha * sum(each.float().sum() / max(len(each), 1) for each in saliencies)
+        if torch.is_grad_enabled():
+            for each, path in zip(self.excitations, self.paths, strict=True):
+                if not each.saliency.requires_grad and any(p.requires_grad for p in each.parameters()):
+                    raise RuntimeError(
+                        f"penalty(): the last forward pass recorded no gradients for the excitation at {path!r}, so"
+                        " nothing would be learned from it"
+                    )
+        total = self.alpha * sum(each.sum() / max(len(each), 1) for each in saliencies)
         if self.rankings is None or not self.beta:
             return total
         if self.logits:
-            saliencies = [torch.logit(each.float(), EPSILON) for each in saliencies]
+            saliencies = [torch.logit(each, EPSILON) for each in saliencies]
         rankings = [each.to(s.device) for each, s in zip(self.rankings, saliencies, strict=True)]
         return total + self.beta * ranking_loss(saliencies, rankings, self._tops)
 
@@ -149,7 +165,8 @@ class GlobalPru:
         as `paamops.score` takes them. (The paper lets all training images vote.)
 
         RuntimeError: the excitations have not been trained, so there is nothing to vote by; or the ranking stands.
-        ValueError: no images; a saliency is NaN.
+        ValueError: no images; a saliency is NaN (on a GPU, where nothing waits for the votes, `elect` says so). No vote
+        is then counted.
         """
         if self.rankings is not None:
             raise RuntimeError("vote() was called after elect(); a ranking stands for good, unless reset() forgets it")
@@ -158,9 +175,11 @@ class GlobalPru:
                 "vote() was called before warm-up: excitations still have their first, random weights. Train the model"
                 " first"
             )
+        added = {key: votes.clone() for key, votes in self._votes.items()}
         for saliencies in self.saliencies(inputs):
-            for votes, each in zip(self.votes, saliencies, strict=True):
-                vote_ranking(each, votes)
+            for key, each in zip(self._districts, saliencies, strict=True):
+                added[key] = vote_ranking(each, added[key].to(each.device))
+        self._votes = added
 
     def saliencies(self, inputs):
         """For each batch the (N, C) saliencies of all excitations, in eval mode and without gradients; a generator."""
@@ -170,6 +189,7 @@ class GlobalPru:
             with tracing.evaluating(self.model), torch.no_grad():
                 self.model(*args, **kwargs)
             found = [each.saliency for each in self.excitations]
+            self._forget()  # they are no training step's
             images += len(found[0])
             yield found
         if not images:
@@ -194,26 +214,25 @@ class GlobalPru:
 
         RuntimeError: nobody has voted; mode is "mixed" and nothing was measured.
         """
-        if sharing.several():
-            for votes in dict(zip(self._districts, self.votes, strict=True)).values():
+        self._check_measured()
+        if sharing.several() and not self._merged:
+            for votes in self._votes.values():
                 distributed.all_reduce(votes)
-        if any(not votes.any() for votes in self.votes):
+            self._merged = True
+        if any(not votes.any() for votes in self._votes.values()):
             raise RuntimeError("elect() was called before vote(): no image has voted")
-        found = {}
-        for key, votes in zip(self._districts, self.votes, strict=True):
-            if key not in found:
-                found[key] = elect(votes, method)
+        found = {key: elect(votes, method) for key, votes in self._votes.items()}
         return self.use([found[key] for key in self._districts])
 
     def use(self, rankings):
         """Take these rankings, one for each excitation, in place of an election. The ones that stand afterwards.
 
-        Where channels of several layers are one, all of them go by the mean of their relative ranks.
+        Where channels of several layers are one, all of them go by the mean of their relative ranks. Channels that stay
+        in any case come first.
 
         ValueError: not one permutation for each excitation. RuntimeError: "mixed", and nothing was measured.
         """
-        if self.mode == "mixed" and self.traces is None:
-            raise RuntimeError("mixed rates follow Hessian traces: call measure(loss, batches) before the election")
+        self._check_measured()
         rankings = [torch.as_tensor(each).cpu() for each in rankings]
         sizes = [each.expand.out_features for each in self.excitations]
         if len(rankings) != len(sizes):
@@ -225,12 +244,14 @@ class GlobalPru:
                 raise ValueError(f"rankings[{number}] must be an int64 permutation of 0 … {size - 1}")
         rankings = self._shared(rankings)
         selection = self._select(rankings)
-        kept = [int(selection.keep[sets].sum()) for sets in self.sets]
-        self.rankings, self._selection, self._tops = rankings, selection, kept
+        stays = [selection.keep[sets] for sets in self.sets]
+        # Φ is of the first places: what stays whatever its rank must be among them.
+        rankings = [r[(~stay[r]).sort(stable=True).indices] for r, stay in zip(rankings, stays, strict=True)]
+        self.rankings, self._selection, self._tops = rankings, selection, [int(stay.sum()) for stay in stays]
         return self.rankings
 
     def scores(self):
-        """(F,) the relative rank of every filter, 1 the best and 0 the worst; 1 for those that stay.
+        """(F,) of every filter 1 − (rank + ½) / c, its rank among the c channels of its layer that may go; else 1.
 
         Less, with mixed rates, what its layer's rate is above the mean. RuntimeError: nothing was elected.
         """
@@ -240,8 +261,8 @@ class GlobalPru:
     def keep(self):
         """The Selection of what stays: the highest ranks, pinned channels, and each layer's best.
 
-        Of c channels those with 1 − (rank + ½) / c > p stay: (1 − p) · c, rounded to the nearest. RuntimeError: nothing
-        was elected.
+        Of the c channels of a layer that may go those with 1 − (rank + ½) / c > p stay: (1 − p) · c, rounded to the
+        nearest. RuntimeError: nothing was elected.
         """
         self._check_elected("keep")
         return self._selection
@@ -321,12 +342,12 @@ class GlobalPru:
         return shared
 
     def _positions(self, rankings):
-        """(S,) float64: 1 − (rank + ½) / c, the mean over the layers that rank the set; 1 where none does."""
+        """(S,) float64: 1 − (rank + ½) / c among the sets that may go, the mean over the layers; 1 for the others."""
         total, count = torch.zeros(2, len(self.channels.pinned), dtype=torch.float64)
         for ranking, sets in zip(rankings, self.sets, strict=True):
-            places = 1 - (torch.arange(len(ranking), dtype=torch.float64) + 0.5) / len(ranking)
-            total.index_add_(0, sets[ranking], places)
-            count.index_add_(0, sets, torch.ones(len(sets), dtype=torch.float64))
+            free = sets[ranking][~self.channels.pinned[sets[ranking]]]
+            total.index_add_(0, free, 1 - (torch.arange(len(free), dtype=torch.float64) + 0.5) / max(len(free), 1))
+            count.index_add_(0, free, torch.ones(len(free), dtype=torch.float64))
         return torch.where(count > 0, total / count.clamp(min=1), 1)
 
     def _deviations(self):
@@ -350,6 +371,14 @@ class GlobalPru:
         if selection.keep.all():
             raise ValueError(f"rate is {self.rate}, which removes no channel: the widest layer has too few")
         return dataclasses.replace(selection, asked={"rate": self.rate})
+
+    def _forget(self):
+        for each in self.excitations:
+            each.saliency = None
+
+    def _check_measured(self):
+        if self.mode == "mixed" and self.traces is None:
+            raise RuntimeError("mixed rates follow Hessian traces: call measure(loss, batches) before the election")
 
     def _check_elected(self, what):
         if self.rankings is None:

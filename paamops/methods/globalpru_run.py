@@ -3,6 +3,7 @@
 import copy
 import numbers
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,9 @@ class Stage:
             without its lowest channels. "tuned": trained once more.
         params, flops: of the network, its excitations counted.
         accuracy: what `evaluate` gave.
-        kendall, overlap: how far images agree with the elected rankings, means over layers and images: Kendall's τ, and
-            the share of the channels to be kept that are among an image's own best. None once they are cut.
+        kendall, overlap: how far images agree with the elected rankings, means over layers and the images that have
+            voted (in the first process): Kendall's τ, and the share of the channels to be kept that are among an
+            image's own best. None once they are cut.
         seconds: what the stage took.
     """
 
@@ -125,10 +127,11 @@ def run(
             kept for the final test.
         epochs: E, the epochs of the whole schedule.
         images: the training images that vote: what `vote` takes, or a function that returns it, called anew each time.
+            They are gone through three times, so an iterator of its own will not do.
         loss, batches: for mixed rates, what `measure` takes: loss(model, batch), and an iterable of training batches or
             a function that returns one.
         trained: whether the model, but for its new excitations, is trained.
-        rewind: the share of the schedule that later trainings skip.
+        rewind: the share of the schedule that later trainings skip; at least an epoch is left.
         state: a folder to keep the run in, written after each stage. None: memory only.
         resume: go on with what `state` holds, or start afresh where it holds nothing. With a `train` that draws from
             the seeded generators only, the end is that of a run that was never cut.
@@ -144,7 +147,8 @@ def run(
     TypeError, ValueError: an argument is not what it must be; `train` changed the network, `evaluate` returned no
     finite number; `state` holds a run and `resume` is not set, or one of another model or other settings.
     """
-    _check(gp, train, evaluate, epochs, loss, batches, rewind, say)
+    _check(gp, train, evaluate, epochs, images, loss, batches, rewind, say)
+    epochs, rewind = int(epochs), float(rewind)
     if resume and state is None:
         raise ValueError("resume is True, but state is None; it must be the folder of the run")
     settings = {
@@ -167,6 +171,7 @@ def run(
     held.history, held.facts, held.networks = sharing.agree((held.history, held.facts, held.networks))
     if not sharing.leads():
         held.path = None  # one process writes
+    held.write()  # so that whose checkpoint lies in the folder is known from the first epoch on
     original = gp.model
     try:
         gp.attach(copy.deepcopy(original))
@@ -192,7 +197,7 @@ class _Run:
         begin = time.perf_counter()
         self._train_whole(RANKED, self.start)
         if "taught" not in networks:
-            self._add("taught", self._agreement(images))
+            self._add("taught", self._agreement(RANKED, images))
         self._note(RANKED, gp.model, None, networks["taught"][1], begin)
         begin = time.perf_counter()
         keep = gp.keep().keep
@@ -222,19 +227,22 @@ class _Run:
         """Votes, rankings and, where rates are mixed, Hessian traces: of this run, or as they were stored."""
         gp = self.gp
         if "elected" not in self.state.networks:
+            calls.seed_all(self._seed(WARM, 2))  # images may be drawn or augmented
             if gp.mode == "mixed":
                 gp.measure(loss, _fresh(batches), seed=gp.seed)
             gp.vote(_fresh(images))
             tensors = {f"ranking-{k}": ranking for k, ranking in enumerate(gp.elect())}
             tensors |= {f"votes-{k}": votes.cpu() for k, votes in enumerate(gp.votes)}
             tensors |= {} if gp.traces is None else {"traces": gp.traces}
-            self._add("elected", sharing.agree(tensors | self._agreement(images)))
+            self._add("elected", sharing.agree(tensors | self._agreement(WARM, images)))
         tensors = self.state.networks["elected"][1]
         count = range(len(gp.excitations))
-        gp.votes, gp.traces = [tensors[f"votes-{k}"] for k in count], tensors.get("traces")
+        gp.take_votes([tensors[f"votes-{k}"] for k in count])
+        gp.traces = tensors.get("traces")
         gp.use([tensors[f"ranking-{k}"] for k in count])
 
-    def _agreement(self, images):
+    def _agreement(self, name, images):
+        calls.seed_all(self._seed(name, 3))
         kendall, overlap = self.gp.agreement(_fresh(images))
         return sharing.agree({"kendall": kendall, "overlap": overlap})
 
@@ -296,7 +304,7 @@ def _fresh(given):
     return given() if callable(given) else given
 
 
-def _check(gp, train, evaluate, epochs, loss, batches, rewind, say):
+def _check(gp, train, evaluate, epochs, images, loss, batches, rewind, say):
     for name, function in (("train", train), ("evaluate", evaluate)):
         if not callable(function):
             raise TypeError(f"{name} is a {type(function).__name__}; it must be a function")
@@ -306,5 +314,9 @@ def _check(gp, train, evaluate, epochs, loss, batches, rewind, say):
         raise ValueError("mixed rates are measured: loss must be a function, loss(model, batch), and batches be given")
     if isinstance(rewind, bool) or not isinstance(rewind, numbers.Real) or not 0 <= rewind <= 1:
         raise ValueError(f"rewind is {rewind!r}; it must be a share of the epochs, in [0, 1]")
+    if round(rewind * epochs) >= epochs:
+        raise ValueError(f"rewind is {rewind!r}, which leaves none of the {epochs} epochs to train")
+    if isinstance(images, Iterator):
+        raise TypeError(f"images is a {type(images).__name__}, which ends; it must be a function that returns one")
     if say is not None and not callable(say):
         raise TypeError(f"say is a {type(say).__name__}; it must be a function")

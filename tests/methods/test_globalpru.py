@@ -15,7 +15,7 @@ from paamops.ops.ranking_loss import ranking_loss_reference
 from paamops.ops.vote_ranking import elect, vote_ranking
 from paamops.packing import mask
 from tests.methods.trainers import assert_same_tensors, images, small
-from tests.networks import Depthwise, Residual, make
+from tests.networks import Depthwise, PaddedShortcut, Residual, make
 from tests.tolerances import NETWORK_TOLERANCE
 
 
@@ -26,9 +26,10 @@ def made(model=None, inputs=None, warm=True, **settings):
     if warm:
         with torch.no_grad():
             for each in gp.excitations:
-                each.reduce.weight.normal_()
-                each.expand.weight.normal_()
-                each.expand.bias.normal_()
+                each.reduce.weight.normal_(std=0.3)
+                each.reduce.bias.fill_(1)  # hidden units that are alive
+                each.expand.weight.normal_(std=0.5)
+                each.expand.bias.normal_(std=0.5)
     return gp
 
 
@@ -76,7 +77,7 @@ def test_the_penalty(logits):
     voted(gp)
     gp.model(images(6))
     saliencies = [each.saliency.double() for each in gp.excitations]
-    ranked = [torch.logit(each) for each in saliencies] if logits else saliencies
+    ranked = [torch.logit(each, 1e-6) for each in saliencies] if logits else saliencies
     expected = 0.3 * sum(each.sum() / 6 for each in saliencies)
     expected = expected + 0.7 * ranking_loss_reference(ranked, gp.rankings, [4, 6])
     torch.testing.assert_close(gp.penalty().double(), expected, rtol=1e-5, atol=1e-5)
@@ -276,6 +277,7 @@ def test_out_of_order():
         ({"rate": 0.5, "seed": -1}, ValueError, "seed is -1"),
         ({"rate": 0.5, "reduction": 0}, ValueError, "reduction is 0"),
         ({"rate": 0.5, "layers": ["8"]}, ValueError, "layers names '8', which has no spatial size"),
+        ({"rate": 0.5, "layers": "03"}, TypeError, "layers is '03'; it must be a list of names"),
     ],
 )
 def test_bad_arguments_leave_the_model_alone(settings, error, message):
@@ -296,13 +298,64 @@ def test_other_bad_models():
         paamops.GlobalPru(nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)), torch.randn(2, 4), rate=0.5)
 
 
-def test_nan_images_are_refused_and_cast_no_vote():
+def test_nan_images_are_refused_and_nobody_has_voted():
     gp = made()
     x = images(6)
     x[2] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        gp.vote(x)
+        gp.vote(iter([images(4), x]))
     assert not any(votes.any() for votes in gp.votes)
+
+
+def test_a_penalty_that_would_teach_nothing_is_refused():
+    gp = made()
+    with torch.no_grad():
+        gp.model(images())
+        assert gp.penalty() > 0
+    with pytest.raises(RuntimeError, match="recorded no gradients for the excitation at '1'"):
+        gp.penalty()
+    gp.model(images())
+    gp.vote(images())
+    with pytest.raises(RuntimeError, match="before a forward pass"):  # those of the voters are not a step's
+        gp.penalty()
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.7])
+def test_channels_that_must_stay_have_the_first_places(rate):
+    """A shortcut padded with constant channels pins a part of the layers on its stream."""
+    model, inputs = make(PaddedShortcut)
+    gp = voted(made(model, inputs, rate=rate), inputs)
+    pinned = [gp.channels.pinned[sets] for sets in gp.sets]
+    assert any(each.any() and not each.all() for each in pinned)
+    for ranking, sets, top, held in zip(gp.rankings, gp.sets, gp._tops, pinned, strict=True):
+        kept = gp.keep().keep[sets]
+        assert kept[ranking[:top]].all()
+        assert not kept[ranking[top:]].any()
+        free = int((~held).sum())
+        if free > 1:
+            assert abs(int(kept.sum()) - int(held.sum()) - (1 - rate) * free) <= 1
+
+
+def test_an_election_can_be_repeated():
+    gp = made()
+    gp.vote(images(12))
+    before = [votes.clone() for votes in gp.votes]
+    gp.elect()
+    gp.elect("borda")
+    assert all(torch.equal(one, other) for one, other in zip(gp.votes, before, strict=True))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+    gp = made(small(), beta=0.1)
+    gp.model.cuda()
+    x, labels = images(12).cuda(), torch.randint(0, 5, (12,)).cuda()
+    gp.vote(x)
+    gp.elect()
+    (F.cross_entropy(gp.model(x), labels) + gp.penalty()).backward()
+    assert all(each.expand.bias.grad.isfinite().all() for each in gp.excitations)
+    packed, twin = gp.prune().eval(), mask(gp.model.eval(), gp.channels, gp.keep())
+    torch.testing.assert_close(packed(x), twin(x), rtol=1e-3, atol=1e-4)
 
 
 def test_the_same_seed_makes_the_same_excitations():

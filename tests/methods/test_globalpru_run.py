@@ -1,9 +1,11 @@
 """GlobalPru.run: its stages, what it returns, resumed bit for bit, and what it refuses."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -188,6 +190,8 @@ def test_a_state_of_another_run_is_refused(toy, tmp_path):
         ({"say": 3}, TypeError, "say is a int"),
         ({"resume": True}, ValueError, "resume is True, but state is None"),
         ({"images": images(0)}, ValueError, "holds no images"),
+        ({"images": iter([images()])}, TypeError, "images is a list_iterator, which ends"),
+        ({"rewind": 0.9}, ValueError, "rewind is 0.9, which leaves none of the 4 epochs"),
     ],
 )
 def test_bad_arguments(toy, settings, error, message):
@@ -209,6 +213,35 @@ def test_what_the_callers_functions_return(toy):
     mixed = paamops.GlobalPru(small(), x[:2], rate=0.5, mode="mixed")
     with pytest.raises(ValueError, match="mixed rates are measured: loss must be a function"):
         mixed.run(train=trainer, evaluate=accuracy(x, labels), epochs=1, images=x)
+
+
+def test_voters_that_are_drawn_are_drawn_again(toy, tmp_path):
+    """Augmented images: the votes after a cut are those of the run that was not cut."""
+    x = toy[1]
+
+    def drawn():
+        return [x + 0.5 * torch.randn_like(x)]
+
+    _, _, expected = run(toy, images=drawn)
+    with pytest.raises(RuntimeError, match="the cluster is on fire"):
+        run(toy, 2, state=tmp_path, images=drawn)
+    (tmp_path / "elected.safetensors").unlink()
+    stored = json.loads((tmp_path / "state.json").read_text())
+    stored |= {"networks": ["warm"], "history": []}
+    (tmp_path / "state.json").write_text(json.dumps(stored))
+    assert_same_result(run(toy, state=tmp_path, resume=True, images=drawn)[2], expected)
+
+
+def test_whose_run_it_is_is_known_from_the_start(toy, tmp_path):
+    with pytest.raises(RuntimeError, match="the cluster is on fire"):
+        run(toy, 1, state=tmp_path)
+    with pytest.raises(ValueError, match="is of another run: its penalty"):
+        run(toy, settings={"rate": 0.5, "alpha": 0.5}, state=tmp_path, resume=True)
+
+
+def test_numbers_of_numpy(toy, tmp_path):
+    settings = {"rate": np.float32(0.5), "alpha": np.float32(0.001), "seed": np.int64(0)}
+    run(toy, settings=settings, epochs=np.int64(2), rewind=np.float32(0.5), state=tmp_path)
 
 
 def test_untrained_excitations_do_not_vote(toy):
