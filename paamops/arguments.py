@@ -14,7 +14,7 @@ NOT_MET = 3  # the exit code
 ROUNDS = ("rewind", "rounds", "state", "report", "trained", "resume", "no_report", "compiled")
 AAP_ONLY = ("max_accuracy_drop", "minimise", "rewind_weights")
 PAAM_ONLY = ("learn", "lambda", "train_filters")
-GLOBALPRU_ONLY = ("rate", "mode", "alpha", "beta")
+GLOBALPRU_ONLY = ("rate", "mode", "alpha", "beta", "curve")
 UNUSED = {
     "once": (*AAP_ONLY, *PAAM_ONLY, *GLOBALPRU_ONLY, *ROUNDS),
     "aap": ("filters", "finetune_epochs", *PAAM_ONLY, *GLOBALPRU_ONLY),
@@ -158,6 +158,11 @@ def add_globalpru(globalpru):
         "--alpha", type=weight, metavar="WEIGHT", help="of the l1 norm of the saliencies in the loss"
     )
     globalpru.add_argument("--beta", type=weight, metavar="WEIGHT", help="of the ranking loss")
+    globalpru.add_argument(
+        "--curve",
+        metavar="FILE",
+        help="accuracies over rates to draw in the report: what python -m bench.ablations globalpru-rates stored",
+    )
 
 
 def add_rounds(rounds):
@@ -330,5 +335,7 @@ def check_method(args):
         args.error("--trained: needs --model package.module:function, or --weights; a built-in network is untrained")
     if args.resume and args.state is None:
         args.error("--resume: needs --state")
+    if args.curve and args.no_report:
+        args.error("--curve: not allowed with --no-report")
     if args.report and args.no_report:
         args.error("--report: not allowed with --no-report")

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import json
 import logging
 import os
 import shlex
@@ -101,6 +102,7 @@ def run_prune(args):
     if page:
         check_writable(page, "--report")
         find_matplotlib()
+    curve = read_curve(args.curve) if args.curve else None
     check_device(args.device)
     fabric = training.make_fabric(args.device, args.precision, args.processes)
     for logger in ("lightning.fabric", "lightning_fabric"):
@@ -147,7 +149,8 @@ def run_prune(args):
         say(f"saved to {out}")
         rows = pruning.report(model, small, dataset.to(fabric.device))
         if page:
-            result.report(page, rows, shlex.join(["python", "-m", "paamops", *args.words]))
+            drawn = {"curve": curve} if curve else {}
+            result.report(page, rows, shlex.join(["python", "-m", "paamops", *args.words]), **drawn)
             say(f"report: {page}")
         tell(pruning.table(rows))
     fabric.barrier()
@@ -242,6 +245,21 @@ def told_reserve(drop, images):
         f"rounds may lose {lose} of the {asked} points on the {images} validation images; the other half is kept back,"
         " so that the drop is likelier to hold for other images too"
     )
+
+
+def read_curve(path):
+    """name -> [(rate, accuracy), ...] from the runs of an ablation over rates."""
+    try:
+        curve = {}
+        for run in json.loads(Path(path).read_text())["runs"]:
+            curve.setdefault(str(run["variant"]), []).append((float(run["removed"]), float(run["after"])))
+    except OSError as error:
+        raise ValueError(f"--curve {path}: cannot be read ({error.strerror or error})") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"--curve {path}: is not what bench.ablations stored ({error!r})") from error
+    if not curve:
+        raise ValueError(f"--curve {path}: holds no runs")
+    return curve
 
 
 def find_matplotlib():

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import json
 import os
 import re
 import signal
@@ -223,6 +224,8 @@ def test_an_error_is_one_line(capsys, tmp_path, monkeypatch, arguments, message)
         ),
         (["prune", "--method", "globalpru", "--filters", "5"], "--filters: not for --method globalpru"),
         (["prune", "--method", "globalpru", "--rounds", "5"], "--rounds: not for --method globalpru"),
+        (["prune", "--method", "globalpru", "--curve", "a", "--no-report"], "--curve: not allowed with --no-report"),
+        (["prune", "--method", "paam", "--curve", "a"], "--curve: not for --method paam"),
         (["prune", "--method", "globalpru", "--mode", "both"], "--mode: invalid choice: 'both'"),
         (
             ["prune", "--method", "globalpru", "--epochs", "0"],
@@ -435,6 +438,20 @@ def test_settings_of_globalpru(monkeypatch, capsys, tmp_path):
     assert cli.main([*GLOBALPRU, "--data", "mnist", "--rate", "0.25"]) == 0  # the papers' schedule
     assert (seen.plan.epochs, seen.settings["rewind"], seen.asked) == (100, 0.5, {"rate": 0.25})
     assert inspect.signature(globalpru_run.run).parameters["rewind"].default == cli.GLOBALPRU_REWIND
+
+
+def test_curve_of_globalpru(capsys, tmp_path):
+    runs = [{"variant": name, "removed": rate, "after": 1 - rate / 9} for name in "AB" for rate in (0.25, 0.5)]
+    (tmp_path / "rates.json").write_text(json.dumps({"runs": runs}))
+    assert cli.read_curve("rates.json")["B"] == [(0.25, 1 - 0.25 / 9), (0.5, 1 - 0.5 / 9)]
+    assert cli.main([*GLOBALPRU, "--epochs", "1", "--rewind", "0", "--curve", "rates.json"]) == 0
+    assert "94.44" in (tmp_path / "runs" / "lenet5-digits.html").read_text()
+    for text, message in (("[]", "is not what"), ('{"runs": []}', "holds no runs"), ('{"runs": [{}]}', "is not what")):
+        (tmp_path / "bad.json").write_text(text)
+        assert cli.main([*GLOBALPRU, "--curve", "bad.json"]) == 1
+        assert f"--curve bad.json: {message}" in capsys.readouterr().err
+    assert cli.main([*GLOBALPRU, "--curve", "nowhere"]) == 1
+    assert "--curve nowhere: cannot be read" in capsys.readouterr().err
 
 
 def test_globalpru_of_the_real_thing(capsys, tmp_path):
