@@ -55,14 +55,15 @@ class GlobalPru:
             meets it, found exactly.
         mode: "fixed": one rate for all layers. "mixed": a layer's rate follows its mean Hessian trace (`measure`).
         alpha, beta: α, β ≥ 0. The paper's are 1e-4 both. With that β the images do not come to agree in trainings of
-            tens of epochs, nor does the network come to do without its lowest channels; with 1 they do (bench/ablations
-            has the sweep).
+            tens of epochs, with 1 they do (bench/ablations has the sweep).
         logits: rank by π's logits in Φ in place of π itself. The sigmoid bounds how far apart π can be, and with it how
             low Φ can be.
         layers: names of the convolutions that get an excitation; default all that can be pruned. Only those with one
             are pruned, and what goes with them.
         reduction: of the excitations: C // reduction hidden units, at least 4.
-        pinned: layers that stay whole, as for `trace`.
+        pinned: layers that stay whole, as for `trace`. Pin the streams that something without an excitation writes to,
+            such as a shortcut without parameters: a channel whose saliency is 0 in every layer still carries that, and
+            to cut it costs what that is worth.
         seed: of the excitations' first weights.
 
     Attributes:
