@@ -43,6 +43,7 @@ class ChannelMap:
         sets: (F,) int64, the channel set of every filter: the filters of a set stay or go together.
         pinned: (S,) bool, the sets that must stay.
         reasons: list of S strings, why a pinned set is; empty for the others.
+        constants: name of a convolution's or linear layer's weight that is a buffer -> its axis that issues channels.
         unused: names of weights that the forward pass did not use; `pack` leaves them as they are.
         axes: name of a parameter or buffer -> for every axis None, or an int64 array with the set of each index (-1 for
             an index that no set covers): the whole instruction for packing.
@@ -59,6 +60,7 @@ class ChannelMap:
         self.components = {name: tuple(component[v.numpy()] for v in vs) for name, vs in tracer.vectors.items()}
 
         self.layers = [layer for layer in tracer.layers.values() if layer.weight in parameters]
+        self.constants = {each.weight: each.axis for each in tracer.layers.values() if each.weight not in parameters}
         if not self.layers:
             raise ValueError("model has nothing to prune: none of its layers has a weight that is a parameter")
         rows = [component[layer.rows.numpy()] for layer in self.layers]

@@ -61,9 +61,9 @@ class GlobalPru:
         layers: names of the convolutions that get an excitation; default all that can be pruned. Only those with one
             are pruned, and what goes with them.
         reduction: of the excitations: C // reduction hidden units, at least 4.
-        pinned: layers that stay whole, as for `trace`. Pin the streams that something without an excitation writes to,
-            such as a shortcut without parameters: a channel whose saliency is 0 in every layer still carries that, and
-            to cut it costs what that is worth.
+        pinned: layers that stay whole, as for `trace`. So do channels that something without an excitation writes to,
+            such as a shortcut with constant weights: with a saliency of 0 in every layer they still carry that (the
+            paper prunes "without changing the transfer of residual information", §4.2).
         seed: of the excitations' first weights.
 
     Attributes:
@@ -111,7 +111,10 @@ class GlobalPru:
             self._trace(model, example_inputs, pinned)
             self.reset()
             trial = [torch.arange(each.expand.out_features) for each in self.excitations]
-            pack(model, self.channels, self._select(trial))  # refused before anything is trained
+            selection = self._select(trial)
+            if selection.keep.all():
+                raise ValueError(f"rate is {self.rate}, which removes no channel: the widest layer has too few")
+            pack(model, self.channels, selection)  # refused before anything is trained
         except BaseException:
             if made:
                 excitation.remove(model)
@@ -320,7 +323,25 @@ class GlobalPru:
         ranked = torch.zeros(len(channels.pinned), dtype=torch.bool)
         ranked[torch.cat(self.sets)] = True
         channels.pin(~ranked, "no excitation ranks it")
+        channels.pin(self._unscaled(last.values()), "something that no excitation scales writes to it")
         self._districts = [sets.numpy().tobytes() for sets in self.sets]
+
+    def _unscaled(self, expands):
+        """(S,) bool: the sets that a layer without an excitation writes to, or a convolution with constant weights.
+
+        A saliency of 0 in every layer that has one would leave that contribution.
+        """
+        channels = self.channels
+        scaled = {channels.layers[number].weight for number in (*self.layers, *expands)}
+        found = torch.zeros(len(channels.pinned), dtype=torch.bool)
+        for number, layer in enumerate(channels.layers):
+            if layer.weight not in scaled:
+                found[self._rows(number)] = True
+        for name, axis in channels.constants.items():
+            if channels.axes[name][axis] is not None:
+                ids = torch.from_numpy(channels.axes[name][axis])
+                found[ids[ids >= 0]] = True
+        return found
 
     def _rows(self, number):
         return self.channels.sets[self.channels.offsets[number] : self.channels.offsets[number + 1]]
@@ -369,8 +390,6 @@ class GlobalPru:
         selection = select(self.channels, self._scores(rankings), **asked)
         if self.budget:
             return selection
-        if selection.keep.all():
-            raise ValueError(f"rate is {self.rate}, which removes no channel: the widest layer has too few")
         return dataclasses.replace(selection, asked={"rate": self.rate})
 
     def _forget(self):
