@@ -103,33 +103,36 @@ def with_paam(model, dataset, fabric, plan, flops):
     settings = {"trained": True, "rewind": rewind, "learn": learn}
     result = pruning.prune_by_scores(model, dataset, fabric, plan, {"flops": flops}, quiet=True, **settings)
     rounds = len(result.history) - 1
-    return result.model, (rounds + result.stable) * learn + rounds * later(plan)
+    return result.model, (rounds + result.stable) * learn + rounds * later(plan, rewind)
 
 
 def with_aap(model, dataset, fabric, plan, flops):
-    settings = {"trained": True, "rewind": cli.DIGITS_AAP["rewind"]}
+    rewind = cli.DIGITS_AAP["rewind"]
+    settings = {"trained": True, "rewind": rewind}
     result = pruning.prune_to_target(model, dataset, fabric, plan, Objective(flops=flops), quiet=True, **settings)
-    return result.model, later(plan) * sum(each.accuracy is not None for each in result.history[1:])
+    return result.model, later(plan, rewind) * sum(each.accuracy is not None for each in result.history[1:])
 
 
 def with_globalpru(model, dataset, fabric, plan, flops):
-    settings = {"trained": True, "rewind": cli.DIGITS_GLOBALPRU["rewind"]}
+    rewind = cli.DIGITS_GLOBALPRU["rewind"]
+    settings = {"trained": True, "rewind": rewind}
     result = pruning.prune_by_ranking(model, dataset, fabric, plan, {"flops": flops}, quiet=True, **settings)
-    return result.model, 3 * later(plan)  # warm-up, learning to rank, fine-tuning
+    return result.model, plan.epochs + 2 * later(plan, rewind)  # warm-up, learning to rank, fine-tuning
 
 
 def with_norms(model, dataset, fabric, plan, flops):
     """Cut once, by the l1 norms of the filters in equal shares of all layers; trained for the last of a schedule."""
     channels = trace(model, dataset.normalise(dataset.train.images[:1]))
     small = pack(model, channels, select(channels, scores.in_shares(channels, scores.l1(model, channels)), flops=flops))
-    epochs = 3 * (max(1, round(cli.PAAM_LEARN * plan.epochs)) + later(plan))  # three rounds of PAAM
+    rewind = cli.DIGITS_PAAM["rewind"]
+    epochs = 3 * (max(1, round(cli.PAAM_LEARN * plan.epochs)) + later(plan, rewind))  # three rounds of PAAM
     training.train(
         small,
         dataset,
         fabric,
         plan.schedule,
         epochs=epochs,
-        start_epoch=round(epochs / (1 - cli.DIGITS_PAAM["rewind"])) - epochs,
+        start_epoch=round(epochs / (1 - rewind)) - epochs,
         batch_size=plan.batch_size,
         seed=plan.seed,
         quiet=True,
@@ -137,9 +140,9 @@ def with_norms(model, dataset, fabric, plan, flops):
     return small, epochs
 
 
-def later(plan):
+def later(plan, rewind):
     """The epochs of the schedule that a method trains again after pruning."""
-    return plan.epochs - round(cli.DIGITS_PAAM["rewind"] * plan.epochs)
+    return plan.epochs - round(rewind * plan.epochs)
 
 
 PRUNED_BY = {"aap": with_aap, "paam": with_paam, "globalpru": with_globalpru, "magnitude": with_norms}

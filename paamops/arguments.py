@@ -173,7 +173,7 @@ def add_rounds(rounds):
         "--rewind",
         type=share,
         metavar="SHARE",
-        help="of the epochs: each later training is the rest (digits: 0.4; else AAP 0.75, PAAM and GlobalPru 0.5)",
+        help="of the epochs: a training after a cut is the rest (digits: 0.4; else AAP 0.75, PAAM and GlobalPru 0.5)",
     )
     rounds.add_argument(
         "--rounds",

@@ -225,7 +225,7 @@ VARIANTS = {
     "paam-attention": list(paam.SCORINGS),
     "paam-gate": ["free", "explicit"],
     "paam-frozen": [*paam.FROZEN, "filters train, and are kept"],
-    "globalpru-beta": [globalpru.WITHOUT, *(f"β = {beta:g}" for beta in globalpru.BETAS)],
+    "globalpru-beta": [globalpru.WITHOUT, *(f"β = {beta:g}" for beta in globalpru.BETAS), globalpru.LATE],
     "globalpru-election": ["assignment", "Borda count", "mean saliency", "random", "assignment, logits"],
     "globalpru-rates": ["GlobalPru", "magnitude"],
 }

@@ -14,6 +14,7 @@ BETAS = (0.0, 1e-4, 1e-2, 1e-1, 1.0, 10.0)
 RATES = (0.2, 0.4, 0.5, 0.6, 0.7, 0.8)
 RATE, BETA = 0.5, 1.0  # where they are not what is varied
 WITHOUT = "mean saliency, no stage"
+LATE = f"β = {BETA:g}, from the rewound epoch on"
 SCALES = {
     "digits": replace(paam.SCALES["digits"], rewind=0.5, removed=RATES),
     "fashion-mnist": replace(paam.SCALES["fashion-mnist"], rewind=0.5, removed=RATES),
@@ -22,12 +23,13 @@ SCALES = {
 
 
 def betas(shop):
-    """β from 0 to 10, and a cut by the mean saliencies of the images without the stage that learns to rank."""
+    """β from 0 to 10, a late start, and a cut by the images' mean saliencies without the stage that learns to rank."""
     for dense in each_seed(shop):
         warm = warmed(shop, dense)
         yield cut(shop, dense, warm, WITHOUT, by_mean(shop, warm))
         for beta in BETAS:
             yield taught(shop, dense, warm, f"β = {beta:g}", beta=beta)
+        yield taught(shop, dense, warm, LATE, start=shop.start())
 
 
 def election(shop):
@@ -57,7 +59,7 @@ def rates(shop):
             model = paamops.pack(dense.model, dense.channels, selection)
             accuracies = {"before": shop.accuracy(model)}
             # As many epochs as warm-up, learning to rank and fine-tuning have together.
-            epochs = 3 * (shop.scale.epochs - shop.start())
+            epochs = 3 * shop.scale.epochs - 2 * shop.start()
             train(shop, model, dense.seed, epochs, round(epochs / (1 - shop.scale.rewind)) - epochs)
             accuracies["after"] = shop.accuracy(model.eval())
             yield run(dense, "magnitude", rate, selection, accuracies)
@@ -85,12 +87,12 @@ def by_mean(shop, warm):
     return [total.argsort(descending=True, stable=True) for total in totals]
 
 
-def taught(shop, dense, warm, variant, rankings=None, **settings):
-    """The run of a ranking, by default the elected one, that is learned, cut and fine-tuned."""
+def taught(shop, dense, warm, variant, rankings=None, start=0, **settings):
+    """The run of a ranking, by default the elected one, that is learned from epoch `start` on, cut and fine-tuned."""
     gp = warm_copy(shop, warm, **settings)
     gp.elect() if rankings is None else gp.use(rankings)
     first = means(gp.agreement(images(shop)))
-    train(shop, gp.model, dense.seed, shop.scale.epochs - shop.start(), shop.start(), gp.penalty)
+    train(shop, gp.model, dense.seed, shop.scale.epochs - start, start, gp.penalty)
     more = {"whole": shop.accuracy(gp.model.eval()), "kendall before": first[0], "overlap before": first[1]}
     more |= dict(zip(("kendall", "overlap"), means(gp.agreement(images(shop))), strict=True))
     return cut(shop, dense, gp, variant) | more

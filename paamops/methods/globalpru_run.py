@@ -115,8 +115,9 @@ def run(
 
     1. Warm-up: the task's loss + α Σ ‖π‖₁. 2. Election: all `images` vote. 3. Learning to rank: + β Σ Φ. 4. Removal of
     the lowest ranks. 5. Fine-tuning, on the task's loss alone. The paper does not give the length of its stages: here
-    the warm-up of an untrained network is the whole schedule, and every other training runs from epoch rewind · E of
-    the schedule to its end.
+    learning to rank is the whole schedule, and so is the warm-up of an untrained network; the warm-up of a trained one
+    and fine-tuning run from epoch rewind · E of the schedule to its end. (At the low rates of a schedule's end alone
+    the channels that are to go are not closed, and the cut costs all accuracy: bench/ablations, "One ranking".)
 
     Args:
         gp: GlobalPru; its model is left untouched, it has the run's votes and rankings afterwards.
@@ -131,7 +132,8 @@ def run(
         loss, batches: for mixed rates, what `measure` takes: loss(model, batch), and an iterable of training batches or
             a function that returns one.
         trained: whether the model, but for its new excitations, is trained.
-        rewind: the share of the schedule that later trainings skip; at least an epoch is left.
+        rewind: the share of the schedule that fine-tuning, and the warm-up of a trained network, skip; at least an
+            epoch is left.
         state: a folder to keep the run in, written after each stage. None: memory only.
         resume: go on with what `state` holds, or start afresh where it holds nothing. With a `train` that draws from
             the seeded generators only, the end is that of a run that was never cut.
@@ -195,7 +197,7 @@ class _Run:
         self._elect(images, loss, batches)
         self._note(WARM, gp.model, None, networks["elected"][1], begin)
         begin = time.perf_counter()
-        self._train_whole(RANKED, self.start)
+        self._train_whole(RANKED, 0)
         if "taught" not in networks:
             self._add("taught", self._agreement(RANKED, images))
         self._note(RANKED, gp.model, None, networks["taught"][1], begin)

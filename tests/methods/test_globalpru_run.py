@@ -84,7 +84,7 @@ def test_a_run(toy, settings):
     before = copy.deepcopy(toy[0])
     gp, trainer, result = run(toy, settings=settings, say=lines.append)
     assert isinstance(result, GlobalPruResult)
-    assert trainer.calls == [(4, 0, True), (2, 2, True), (2, 2, True)]
+    assert trainer.calls == [(4, 0, True), (4, 0, True), (2, 2, True)]
     warm, ranked, tuned = trainer.penalties
     assert 0 < warm < ranked
     assert tuned == 0
@@ -119,7 +119,7 @@ def test_a_run(toy, settings):
 
 def test_a_trained_network_is_warmed_up_shortly(toy):
     _, trainer, _ = run(toy, trained=True, rewind=0.75)
-    assert trainer.calls == [(1, 3, True)] * 3
+    assert trainer.calls == [(1, 3, True), (4, 0, True), (1, 3, True)]
     _, trainer, result = run(toy, trained=True, rewind=0.0)
     assert trainer.calls == [(4, 0, True)] * 3
     assert "accuracy" in result.message
