@@ -14,23 +14,8 @@ namespace paamops {
 constexpr int64_t kPrefetch = 2048;  // bytes ahead of the vector being read
 constexpr int kRows = 4;             // pixels whose lanes are added up before they meet the accumulators
 
-namespace base {
-#define PAAMOPS_TARGET
-#include "attention_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace base
-#if PAAMOPS_X86
-namespace v3 {
-#define PAAMOPS_TARGET PAAMOPS_V3
-#include "attention_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v3
-namespace v4 {
-#define PAAMOPS_TARGET PAAMOPS_V4
-#include "attention_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v4
-#endif
+#define PAAMOPS_KERNELS "attention_kernels.h"
+#include "every_instruction_set.h"
 
 constexpr int64_t kGrain = 32768;  // elements below which a thread is not worth its start
 

@@ -14,29 +14,8 @@ namespace paamops {
 
 enum class Cut { kNone, kRelu, kRelu6 };
 
-namespace base {
-#define PAAMOPS_TARGET
-#define PAAMOPS_BYTES 16
-#include "channel_attention_kernels.h"
-#undef PAAMOPS_BYTES
-#undef PAAMOPS_TARGET
-}  // namespace base
-#if PAAMOPS_X86
-namespace v3 {
-#define PAAMOPS_TARGET PAAMOPS_V3
-#define PAAMOPS_BYTES 32
-#include "channel_attention_kernels.h"
-#undef PAAMOPS_BYTES
-#undef PAAMOPS_TARGET
-}  // namespace v3
-namespace v4 {
-#define PAAMOPS_TARGET PAAMOPS_V4
-#define PAAMOPS_BYTES 64
-#include "channel_attention_kernels.h"
-#undef PAAMOPS_BYTES
-#undef PAAMOPS_TARGET
-}  // namespace v4
-#endif
+#define PAAMOPS_KERNELS "channel_attention_kernels.h"
+#include "every_instruction_set.h"
 
 namespace {
 

@@ -53,23 +53,8 @@ struct Geometry {
   float *middle, *inverse, *centre, *exponentials;
 };
 
-namespace base {
-#define PAAMOPS_TARGET
-#include "filter_attention_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace base
-#if PAAMOPS_X86
-namespace v3 {
-#define PAAMOPS_TARGET PAAMOPS_V3
-#include "filter_attention_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v3
-namespace v4 {
-#define PAAMOPS_TARGET PAAMOPS_V4
-#include "filter_attention_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v4
-#endif
+#define PAAMOPS_KERNELS "filter_attention_kernels.h"
+#include "every_instruction_set.h"
 
 const NodeTable& node_table(int64_t entry) {
   static const std::vector<NodeTable> tables = [] {

@@ -23,27 +23,8 @@ namespace paamops {
 constexpr int64_t kSumRanks = 64;  // terms that are added up in one sum before it meets the others
 constexpr int64_t kLogRanks = 4;   // sums, each below e · channels, whose product has one logarithm
 
-#define PAAMOPS_SHUFFLES 0
-namespace base {
-#define PAAMOPS_TARGET
-#include "ranking_loss_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace base
-#if PAAMOPS_X86
-namespace v3 {
-#define PAAMOPS_TARGET PAAMOPS_V3
-#include "ranking_loss_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v3
-#undef PAAMOPS_SHUFFLES
-#define PAAMOPS_SHUFFLES 1
-namespace v4 {
-#define PAAMOPS_TARGET PAAMOPS_V4
-#include "ranking_loss_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v4
-#endif
-#undef PAAMOPS_SHUFFLES
+#define PAAMOPS_KERNELS "ranking_loss_kernels.h"
+#include "every_instruction_set.h"
 
 namespace {
 

@@ -33,7 +33,7 @@ INLINE DoubleVectors::V logarithm_above_1(DoubleVectors::V x) {
 template <class T>
 INLINE void transpose(typename Traits<T>::V* tile) {
   constexpr int L = Traits<T>::kLanes;
-#if PAAMOPS_SHUFFLES && !defined(__clang__)
+#if PAAMOPS_BYTES == 64 && !defined(__clang__)
   for (int half = L / 2; half; half /= 2) {
     typename Traits<T>::IV low{}, high{};
     for (int lane = 0; lane < L; ++lane) {

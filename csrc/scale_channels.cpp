@@ -8,23 +8,8 @@
 
 namespace paamops {
 
-namespace base {
-#define PAAMOPS_TARGET
-#include "scale_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace base
-#if PAAMOPS_X86
-namespace v3 {
-#define PAAMOPS_TARGET PAAMOPS_V3
-#include "scale_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v3
-namespace v4 {
-#define PAAMOPS_TARGET PAAMOPS_V4
-#include "scale_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v4
-#endif
+#define PAAMOPS_KERNELS "scale_kernels.h"
+#include "every_instruction_set.h"
 
 namespace {
 

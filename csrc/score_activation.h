@@ -10,23 +10,8 @@ namespace paamops {
 
 enum class Activation { kLeakyExponential, kTemperedSigmoid };
 
-namespace base {
-#define PAAMOPS_TARGET
-#include "score_activation_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace base
-#if PAAMOPS_X86
-namespace v3 {
-#define PAAMOPS_TARGET PAAMOPS_V3
-#include "score_activation_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v3
-namespace v4 {
-#define PAAMOPS_TARGET PAAMOPS_V4
-#include "score_activation_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v4
-#endif
+#define PAAMOPS_KERNELS "score_activation_kernels.h"
+#include "every_instruction_set.h"
 
 // The sum is taken in blocks of this many elements in memory order, whatever the number of threads.
 constexpr int64_t kScoreBlock = 4096;

@@ -1,7 +1,7 @@
 // Vectors of 64 bytes in GCC's and Clang's own notation, and the choice of an instruction set at run time.
 //
-// The kernels (attention_kernels.h) are compiled once per instruction set, each time in a namespace of its own, and
-// PAAMOPS_CALL picks one by what the machine can do: one binary serves every machine of an architecture.
+// The kernels (*_kernels.h) are compiled once per instruction set, each time in a namespace of its own
+// (every_instruction_set.h), and PAAMOPS_CALL picks one by what the machine can do: one binary serves every machine of an architecture.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -62,23 +62,8 @@ struct Range {
   Key least, greatest;
 };
 
-namespace base {
-#define PAAMOPS_TARGET
-#include "vote_ranking_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace base
-#if PAAMOPS_X86
-namespace v3 {
-#define PAAMOPS_TARGET PAAMOPS_V3
-#include "vote_ranking_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v3
-namespace v4 {
-#define PAAMOPS_TARGET PAAMOPS_V4
-#include "vote_ranking_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v4
-#endif
+#define PAAMOPS_KERNELS "vote_ranking_kernels.h"
+#include "every_instruction_set.h"
 
 template <typename Key>
 struct Entry {

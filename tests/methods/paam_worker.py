@@ -3,19 +3,15 @@
 In float64 and without batch norms, where any number of processes computes what one does, up to rounding.
 """
 
-import sys
-from datetime import timedelta
-from pathlib import Path
-
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import paamops
 from paamops.methods.networks import tensors_of
+from tests.methods.processes import be_one
 from tests.methods.worker import Cut, network
 
-TIMEOUT = timedelta(seconds=60)
 CUT = 3  # the training that does not come to its end where a run is to be resumed
 
 
@@ -117,18 +113,13 @@ def run(rank, world, state=None, resume=False, cut=None, torn=False):
     }
 
 
-def main(rank, world, folder):
-    torch.set_num_threads(1)
-    store = distributed.FileStore(str(folder / "store"), world)
-    distributed.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+def find(rank, world, folder):
     found = {"embedded": embedded(rank, world), "whole": run(rank, world, folder / "whole")}
     run(rank, world, folder / "cut", cut=CUT)
     found["resumed"] = run(rank, world, folder / "cut", resume=True)
     found["torn"] = run(rank, world, torn=True)
-    torch.save(found, folder / f"{rank}.pt")
-    distributed.barrier()
-    distributed.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    be_one(find)

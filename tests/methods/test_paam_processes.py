@@ -1,23 +1,12 @@
 """Two processes learn the scores that one does, keep the same filters, and follow the first where they do not agree."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import distributed
 
 from tests.methods import paam_worker
+from tests.methods.processes import needs_gloo, on_one_thread, start
 
-ROOT = Path(__file__).parents[2]
-LIMIT = 150  # seconds: a process that waits for another would wait for ever
-WORLD = 2
-
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="torch is built without gloo"
-)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
@@ -27,24 +16,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What each of the processes found, all in one start of theirs."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.methods.paam_worker", str(rank), str(WORLD), str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [process.communicate(timeout=LIMIT)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, error in zip(processes, errors, strict=True):
-        assert process.returncode == 0, error.decode()[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return start(paam_worker, folder)
 
 
 def assert_same_tensors(one, other):
@@ -78,10 +50,7 @@ def test_wrapped_as_the_model_is(found):
 
 
 def test_two_processes_run_as_one_does(found):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = paam_worker.run(0, 1)
-    torch.set_num_threads(threads)
+    alone = on_one_thread(paam_worker.run, 0, 1)
     first, second = (each["whole"] for each in found)
     assert_equal(first, second)
     assert len(first["history"]) == len(alone["history"]) >= 2

@@ -1,24 +1,13 @@
 """Two processes prune as one does, and follow the first where they do not agree."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-from torch import distributed
 
 from tests.methods import worker
+from tests.methods.processes import needs_gloo, on_one_thread, start
 from tests.tolerances import NETWORK_TOLERANCE
 
-ROOT = Path(__file__).parents[2]
-LIMIT = 150  # seconds: a process that waits for another would wait for ever
-WORLD = 2
-
-pytestmark = pytest.mark.skipif(
-    not (distributed.is_available() and distributed.is_gloo_available()), reason="torch is built without gloo"
-)
+pytestmark = needs_gloo
 
 
 @pytest.fixture(scope="module")
@@ -28,24 +17,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What each of the processes found, all runs in one start of theirs."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.methods.worker", str(rank), str(WORLD), str(folder)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [process.communicate(timeout=LIMIT)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, error in zip(processes, errors, strict=True):
-        assert process.returncode == 0, error.decode()[-3000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
+    return start(worker, folder)
 
 
 def assert_equal(one, other):
@@ -60,10 +32,7 @@ def assert_equal(one, other):
 
 def test_two_processes_prune_as_one_does(found):
     """Up to the rounding of gradients that are summed in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = worker.run(0, 1)
-    torch.set_num_threads(threads)
+    alone = on_one_thread(worker.run, 0, 1)
     assert {"accepted", "rolled back"} <= {entry["outcome"] for entry in alone["history"]}
     first, second = (each["whole"] for each in found)
     assert_equal(first, second)
