@@ -31,9 +31,10 @@ demo: .venv/.built
 	@echo "==> the main job: python -m paamops $(DEMO) $(DEMO_ARGS)"
 	@$(BIN)/python -m paamops $(DEMO) $(DEMO_ARGS)
 
+# One process a core, one thread each; a file stays in one process, which makes what its tests share once.
 test: .venv/.built
 	@echo "==> the tests"
-	@$(BIN)/python -m pytest $(TEST_ARGS)
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest -n auto --dist loadfile $(TEST_ARGS)
 
 bench: .venv/.built
 	@echo "==> the benchmarks"
