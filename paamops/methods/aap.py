@@ -135,16 +135,14 @@ class AAP:
         self.full = copy.deepcopy(model)  # every round's network is unpacked into it and packed from it
         self.say, self.quiet = say or (lambda line: None), quiet
         self.state = State(state, self._settings() | {"context": context or {}})
-        if sharing.leads() and self.state.holds_a_run() and not resume:
-            raise ValueError(f"state: {state} holds a run; resume it, or name another folder")
-        self.state.check_writable()
+        self.state.claim(resume)
         self.resume = resume
         self.current = None  # (number, Thresholds) of the network scored last
         self._warn_of_limits(trial)
 
     def run(self):
         """The Result. What `train` and `evaluate` raise passes through; with `state` and `resume` the run goes on."""
-        self._take_up()
+        self.state.take_up(self.resume)
         with _Bar(self.quiet) as self.bar:
             if self.state.history and sharing.leads():
                 self.say(f"goes on after round {len(self.state.history) - 1}")
@@ -169,15 +167,6 @@ class AAP:
             "step": self.first,
             "seed": self.seed,
         }
-
-    def _take_up(self):
-        """What the state's folder holds, in every process."""
-        state = self.state
-        if self.resume and sharing.leads() and state.holds_a_run():
-            state.read()
-        state.history, state.facts, state.networks = sharing.agree((state.history, state.facts, state.networks))
-        if not sharing.leads():
-            state.path = None  # one process writes
 
     def _start(self):
         """Lines 3 to 5 of Algorithm 1: the unpruned network, trained, and its weights at the epoch to rewind to."""

@@ -165,14 +165,8 @@ def run(
         "context": context or {},
     }
     held = State(state, settings, Stage)
-    if sharing.agree(held.holds_a_run()) and not resume:
-        raise ValueError(f"state: {state} holds a run; resume it, or name another folder")
-    held.check_writable()
-    if resume and sharing.leads() and held.holds_a_run():
-        held.read()
-    held.history, held.facts, held.networks = sharing.agree((held.history, held.facts, held.networks))
-    if not sharing.leads():
-        held.path = None  # one process writes
+    held.claim(resume)
+    held.take_up(resume)
     held.write()  # so that whose checkpoint lies in the folder is known from the first epoch on
     original = gp.model
     try:

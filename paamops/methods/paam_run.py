@@ -214,14 +214,8 @@ def run(
         "context": context or {},
     }
     held = State(state, settings, PAAMRound)
-    if sharing.leads() and held.holds_a_run() and not resume:
-        raise ValueError(f"state: {state} holds a run; resume it, or name another folder")
-    held.check_writable()
-    if resume and sharing.leads() and held.holds_a_run():
-        held.read()
-    held.history, held.facts, held.networks = sharing.agree((held.history, held.facts, held.networks))
-    if not sharing.leads():
-        held.path = None  # one process writes
+    held.claim(resume)
+    held.take_up(resume)
     alternation = _Alternation(paam, held, train, evaluate, epochs, learn, round(rewind * epochs), frozen, say)
     original, attention = paam.model, copy.deepcopy(paam.attention.state_dict())
     before = paam.lambda_, paam.steps

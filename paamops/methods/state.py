@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from paamops import saving, tracing
+from paamops.methods import sharing
 from paamops.methods.result import Round
 
 VERSION = 1
@@ -36,6 +37,20 @@ class State:
 
     def holds_a_run(self):
         return self.path is not None and (self.path / FILE).exists()
+
+    def claim(self, resume):
+        """ValueError, in every process: the folder holds a run that is not resumed, or nothing can be kept in it."""
+        if sharing.agree(self.holds_a_run()) and not resume:
+            raise ValueError(f"state: {self.path} holds a run; resume it, or name another folder")
+        self.check_writable()
+
+    def take_up(self, resume):
+        """Hold what the folder does where it is resumed, in every process; the first one writes from now on."""
+        if resume and sharing.leads() and self.holds_a_run():
+            self.read()
+        self.history, self.facts, self.networks = sharing.agree((self.history, self.facts, self.networks))
+        if not sharing.leads():
+            self.path = None
 
     def check_writable(self):
         """ValueError: nothing can be kept in the folder; better known before the training than after it."""
