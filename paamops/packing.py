@@ -117,7 +117,7 @@ def fit_sizes(module):
     if isinstance(module, nn.modules.conv._ConvNd):
         first, second = weight.shape[:2]
         if module.transposed:
-            if 1 < module.groups == module.in_channels == module.out_channels:
+            if 1 < module.groups == module.in_channels:
                 module.groups = first
             module.in_channels, module.out_channels = first, second * module.groups
         else:
@@ -168,7 +168,8 @@ def verify(original, small, channels, keep, indices):
         )
     cost, tensors = channels.cost(keep), tracing.named_tensors(small)
     params = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
-    flops = 2 * sum(call["positions"] * tensors[call["weight"]].numel() for call in tracer.calls) // channels.batch
+    flops = 2 * sum(call["positions"] * tensors[call["weight"]].numel() for call in tracer.calls)
+    flops = (flops + channels.other_flops) // channels.batch
     if (params, flops) != (cost.params, cost.flops) and len(tracer.calls) == channels.calls:
         raise PackingError(
             f"the packed network has {params} parameters and {flops} FLOPs, but the trace says {cost.params} and"
@@ -217,7 +218,7 @@ def _run(call, model, tensors, channels, indices, inputs):
         whole = [torch.from_numpy(component) for component in axes]
         vectors[name] = [v if index is None else v[index] for v, index in zip(whole, indices[name], strict=True)]
     tracer = tracing.Tracer(tensors, vectors, channels.depthwise)
-    with tracing.evaluating(model):
+    with tracing.evaluating(model), tracing.unfused_attention(model, tracer):
         tracing.follow(tracer, call, inputs)
     return tracer
 

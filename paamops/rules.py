@@ -62,14 +62,14 @@ def convolution(tracer, op, args, kwargs, out):
     first, second = vectors[0], vectors[1]
     read = tracer.read(x, 1)
     axes = (0, 1) if transposed else (1, 0)
-    depthwise = groups > 1 and weight.shape[1] == 1 and (not transposed or weight.shape[0] == groups)
+    depthwise = groups > 1 and weight.shape[0] == groups if transposed else groups > 1 and weight.shape[1] == 1
     if tracer.depthwise is not None:
         depthwise = known.parameter in tracer.depthwise
     if depthwise:
         # A group has one input channel, and its output channels come and go with it.
-        issued, axes = first, (None, 0)
+        issued, axes = (first.repeat_interleave(len(second)) if transposed else first), (None, 0)
         if read is not None:
-            tracer.unite(read.repeat_interleave(len(first) // groups), first)
+            tracer.unite(read.repeat_interleave(len(issued) // groups), issued)
         else:
             tracer.pin(first, f"{op} over groups of the model's input")
     elif groups == 1:
@@ -408,10 +408,26 @@ def split(tracer, op, args, kwargs, out):
                 for part in parts[1:]:
                     size = min(part.size(dim), parts[0].size(dim))
                     tracer.unite(part.narrow(dim, 0, size), parts[0].narrow(dim, 0, size))
+                if parts[-1].size(dim) < parts[0].size(dim):
+                    tracer.pin(parts[-1].narrow(dim, 0, 1), f"{op} gives fewer pieces where the last one is empty")
         for piece, part in zip(pieces, parts, strict=True):
             piece.append(lb.settle(part))
     for tensor, fields in zip(out, pieces, strict=True):
         tracer.carry(tensor, fields, (x,))
+
+
+@rule("glu")
+def gated_linear_unit(tracer, op, args, kwargs, out):
+    """The halves of a chunk meet."""
+    x = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % x.dim()
+    fields = []
+    for field in tracer.labels_of(x).fields:
+        half, other = field.chunk(2, dim)
+        if lb.varies(field, dim):
+            tracer.unite(half, other)
+        fields.append(lb.settle(half))
+    tracer.carry(out, fields, (x,), candidate=True)
 
 
 @rule("cat", "concat", "stack")
