@@ -185,6 +185,8 @@ def pointwise(tracer, op, args, kwargs, out):
             if bool(mine) != bool(theirs):
                 # One channel and several, or a channel and the positions of a map: it serves them all, and stays.
                 tracer.pin(lb.core(field if theirs else other), f"{op} spreads it over other channels", weak=True)
+                if any(field.size(d) > 1 and other.size(d) > 1 for d in mine | theirs):
+                    tracer.unite(field, other, weak=True)  # several channels that are one, a concatenation of it, say
             elif mine and not mine & theirs:
                 continue  # labels of different axes, the channels of one and the positions of the other
             elif any(field.size(d) == 1 for d in theirs):

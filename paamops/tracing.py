@@ -54,7 +54,7 @@ class Tracer(TorchDispatchMode):
         self.closed = set()  # calls whose output something has read
         self.counts = {}  # how often each op ran
         self.other_flops = 0  # of the ops that are no layer
-        self.op, self.inputs = None, []  # the op that runs, and its tensors
+        self.op, self.inputs = None, []  # the op that runs, or ran last, and its tensors
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -69,6 +69,7 @@ class Tracer(TorchDispatchMode):
         calls = len(self.calls)
         if labelled:
             rules.find(op)(self, op, args, kwargs, out)
+        self.inputs = self.tensors((out,), {})  # what fails before the next op has run was most likely given these
         if len(self.calls) == calls:
             self.other_flops += other_flops(op, args, kwargs, out)
         return out

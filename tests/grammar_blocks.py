@@ -391,8 +391,8 @@ def mixed_places(draw, c, size, depth):
     """Channels moved in ways that leave every one of them where it can be told: flips, transposed maps, groups' means."""
     dims, groups = len(size), draw.pick(2, 3)
     wide = groups * draw.channels(most=3)
-    kind = draw.pick("mean of groups", "stack", "repeat")
-    if kind == "mean of groups":
+    kind = draw.pick("groups reduced", "stack", "repeat")
+    if kind == "groups reduced":
         pool = draw.pick(lambda y: y.mean(1), lambda y: y.amax(1), lambda y: y.sum(1))
         block = Block(kind, lambda s, x: pool(s.a(x).unflatten(1, (groups, -1))), a=conv(draw, c, wide, dims))
         return block, wide // groups, size
