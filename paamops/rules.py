@@ -181,12 +181,19 @@ def pointwise(tracer, op, args, kwargs, out):
     for field in fields:
         mine = set(lb.varying(field))
         for k, other in enumerate(merged):
+            if other is None:
+                continue
             theirs = set(lb.varying(other))
             if bool(mine) != bool(theirs):
                 # One channel and several, or a channel and the positions of a map: it serves them all, and stays.
-                tracer.pin(lb.core(field if theirs else other), f"{op} spreads it over other channels", weak=True)
-                if any(field.size(d) > 1 and other.size(d) > 1 for d in mine | theirs):
+                one = field if theirs else other
+                tracer.pin(lb.core(one), f"{op} spreads it over other channels", weak=True)
+                if any(one.size(d) > 1 for d in mine | theirs):
                     tracer.unite(field, other, weak=True)  # several channels that are one, a concatenation of it, say
+                elif theirs:
+                    break
+                else:
+                    merged[k] = None  # it stays; what is told of the result are the channels that it meets
             elif mine and not mine & theirs:
                 continue  # labels of different axes, the channels of one and the positions of the other
             elif any(field.size(d) == 1 for d in theirs):
@@ -204,7 +211,8 @@ def pointwise(tracer, op, args, kwargs, out):
             merged.append(field)
     numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)]
     tracer.scalars.append((str(op), numbers))
-    tracer.carry(out, [lb.resized(field, out.shape) for field in merged], tensors, candidate=True)
+    fields = [lb.resized(field, out.shape) for field in merged if field is not None]
+    tracer.carry(out, fields, tensors, candidate=True)
 
 
 def out_of(out):
@@ -359,6 +367,14 @@ def channel_shuffle(tracer, op, args, kwargs, out):
             field = lb.on_vector(vector.t().reshape(-1), 1, x.shape)
         fields.append(field)
     tracer.carry(out, fields, (x,))
+
+
+@rule("as_strided_")
+def restrided(tracer, op, args, kwargs, out):
+    """Strides of dimensions of size 1 alone are set, as pooling to one place does in channels_last."""
+    x, before = args[0], tracer.strides
+    if [d for d in zip(x.shape, x.stride(), strict=True) if d[0] > 1] != [d for d in before if d[0] > 1]:
+        unknown(tracer, op, args, kwargs, out)
 
 
 @rule("slice", "select", "narrow", "index_select", "roll", "index", "gather", "as_strided")

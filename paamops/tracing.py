@@ -52,6 +52,7 @@ class Tracer(TorchDispatchMode):
         self.used = set()  # names of the parameters that some op took
         self.read_axes = {}  # weight name -> its axes that read channels
         self.closed = set()  # calls whose output something has read
+        self.strides = ()  # sizes and strides of a tensor that is about to get others in place
         self.counts = {}  # how often each op ran
         self.other_flops = 0  # of the ops that are no layer
         self.op, self.inputs = None, []  # the op that runs, or ran last, and its tensors
@@ -62,6 +63,8 @@ class Tracer(TorchDispatchMode):
             with self:
                 return IN_ATEN[op](*args, **kwargs)
         self.op, self.inputs = op, self.tensors(args, kwargs)
+        if op is torch.ops.aten.as_strided_.default:
+            self.strides = list(zip(args[0].shape, args[0].stride(), strict=True))  # as they were
         out = op(*args, **kwargs)
         self.counts[op] = self.counts.get(op, 0) + 1
         labelled = [self.known[t] for t in self.inputs if t in self.known]

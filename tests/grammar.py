@@ -55,7 +55,7 @@ def fits(production, size):
     if production is blocks.pixel_unshuffle:
         return min(size) >= 4 and all(s % 2 == 0 for s in size)
     if production in (blocks.upsample, blocks.pixel_shuffle, blocks.pad):
-        return max(size) <= 4
+        return max(size) <= 6 and len(size) < 3
     return True
 
 
@@ -102,7 +102,7 @@ class Network(nn.Module):
             return results[0]
         if self.outputs == "tuple":
             return tuple(results)
-        return {"a": results[0], "b": results[1] if self.outputs == "dict" else [results[1], {"c": x.mean()}]}
+        return {"a": results[0], "b": results[1] if self.outputs == "dict" else [results[1], {"c": results[0].mean()}]}
 
     def _get_name(self):
         return f"Network (inputs: {self.two_inputs or 'one'}; outputs: {self.outputs}; skip: {self.skip})"
@@ -165,6 +165,9 @@ def random_network(seed, written=False):
                 elif name.endswith("weight"):
                     tensor.mul_(2)
         inputs = [torch.randn(2, model.given, *model.size, dtype=torch.float64)]
+        if draw.chance(0.2) and len(model.size) == 2:
+            model = model.to(memory_format=torch.channels_last)
+            inputs = [inputs[0].contiguous(memory_format=torch.channels_last)]
         if model.two_inputs:
             shape = (2, 2) if model.two_inputs == "condition" else (2, 2, *model.size)
             inputs.append(torch.randn(shape, dtype=torch.float64))

@@ -118,7 +118,9 @@ def finished(draw, features, layer, out, dims, **others):
         parts["norm"] = norm(draw, out, dims)
     if draw.chance(0.8):
         parts["act"] = activation(draw, out)
-    return Block(features, sequence, **parts)
+    features = [features] if isinstance(features, str) else features
+    told = [feature for part in parts.values() for feature in getattr(part, "features", ())]
+    return Block(dict.fromkeys([*features, *told]), sequence, **parts)
 
 
 def plain(draw, c, size, depth):
@@ -163,7 +165,7 @@ def transposed(draw, c, size, depth):
     inputs = draw.channels() if kind == "" else groups * draw.pick(2, 3) if groups else draw.channels()
     groups = groups or inputs
     out = {"": draw.channels(), "grouped ": groups * draw.pick(1, 2, 3), "depthwise ": inputs}.get(kind, 2 * inputs)
-    grow = draw.chance(0.5) and max(size) <= 4 and dims < 3
+    grow = draw.chance(0.5) and max(size) <= 6 and dims < 3
     shape = {"kernel_size": 2, "stride": 2} if grow else {"kernel_size": 3, "padding": 1}
     layer = getattr(nn, f"ConvTranspose{dims}d")(inputs, out, groups=groups, bias=draw.chance(0.5), **shape)
     features = f"{kind}transposed convolution"
@@ -388,7 +390,7 @@ def pixel_unshuffle(draw, c, size, depth):
 
 
 def mixed_places(draw, c, size, depth):
-    """Channels moved in ways that leave every one of them where it can be told: flips, transposed maps, groups' means."""
+    """Channels moved in ways that leave every one of them where it can be told."""
     dims, groups = len(size), draw.pick(2, 3)
     wide = groups * draw.channels(most=3)
     kind = draw.pick("groups reduced", "stack", "repeat")
@@ -737,5 +739,5 @@ KEEP_SIZE = {
     parametrised: 2, standardised: 0.5, attention: 2, padded_shortcut: 0.5,
 }  # fmt: skip
 COMPOSITE = {residual: 4, stream: 1.5, concatenation: 2, dense: 1, nested: 1, repeated_block: 1}
-CHANGE_SIZE = {strided: 1, transposed: 2, pool: 2, upsample: 0.7, pad: 0.7, crop: 0.7}
-MAPS_ONLY = {pixel_shuffle: 1.5, pixel_unshuffle: 1}
+CHANGE_SIZE = {strided: 1, transposed: 4, pool: 2, upsample: 1.5, pad: 1, crop: 1}
+MAPS_ONLY = {pixel_shuffle: 3, pixel_unshuffle: 2}
