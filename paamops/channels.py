@@ -80,7 +80,7 @@ class ChannelMap:
         self.scalars, self.calls = tracer.scalars, len(tracer.calls)
         self.unused = [name for name in parameters if name not in tracer.used and tensors[name].dim() > 1]
         self._pin(tracer.pins + tracer.weak_pins, component, set_of, count)
-        self._lay_out(tensors, parameters, tracer.calls, set_of, count, batch)
+        self._lay_out(tensors, parameters, tracer.calls, set_of, count, batch, tracer.other_flops)
         self._find_activations(tracer.calls, component, {str(op): n for op, n in tracer.counts.items()})
         self.depthwise = {layer.weight for layer in tracer.layers.values() if layer.kind.startswith("depthwise")}
         self.read_axes = {
@@ -101,7 +101,7 @@ class ChannelMap:
         self.reasons = reasons.tolist()
         self.pinned = torch.tensor([bool(reason) for reason in self.reasons])
 
-    def _lay_out(self, tensors, parameters, calls, set_of, count, batch):
+    def _lay_out(self, tensors, parameters, calls, set_of, count, batch, other_flops):
         """Axes, the incidence of sets on them, and the terms of the cost."""
         self.axes, numbers, members = {}, {}, []
         slots, fixed = [], []
@@ -148,6 +148,7 @@ class ChannelMap:
         place = {name: number for number, name in enumerate(names)}
         self._weights = np.array([place[layer.weight] for layer in self.layers], np.int64)
         self.batch = batch
+        self.other_flops = other_flops
 
     def _find_activations(self, calls, component, counts):
         """Where in the sequence of ATen ops the activation of each filter appears.
@@ -223,7 +224,7 @@ class ChannelMap:
         """Parameters, FLOPs and bytes, (K,) each, of K networks whose axes have these `sizes`, (K, A)."""
         numel = self._numel(sizes)
         params = numel[:, self._is_parameter].sum(axis=1)
-        flops = 2 * (numel @ self._positions) // self.batch
+        flops = (2 * (numel @ self._positions) + self.other_flops) // self.batch
         return params, flops, numel @ self._itemsize
 
     def axis_sizes(self, counts):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._pytree import tree_map
@@ -117,7 +118,7 @@ def fit_sizes(module):
     if isinstance(module, nn.modules.conv._ConvNd):
         first, second = weight.shape[:2]
         if module.transposed:
-            if 1 < module.groups == module.in_channels == module.out_channels:
+            if 1 < module.groups == module.in_channels:
                 module.groups = first
             module.in_channels, module.out_channels = first, second * module.groups
         else:
@@ -143,7 +144,7 @@ def verify(original, small, channels, keep, indices):
         try:
             tracer = _real_run(small, channels, indices)
         except tracing.ForwardError as error:
-            layers = dict.fromkeys(name for label in error.labels for name in channels.layer_of_component(label))
+            layers = _feeding(channels, error.labels)
             raise PackingError(
                 f"the packed network does not run, in {error.op}: {error}. The forward pass has a size written into it"
                 + _advice(layers)
@@ -168,7 +169,8 @@ def verify(original, small, channels, keep, indices):
         )
     cost, tensors = channels.cost(keep), tracing.named_tensors(small)
     params = sum(t.numel() for t in tensors.values() if isinstance(t, nn.Parameter))
-    flops = 2 * sum(call["positions"] * tensors[call["weight"]].numel() for call in tracer.calls) // channels.batch
+    flops = 2 * sum(call["positions"] * tensors[call["weight"]].numel() for call in tracer.calls)
+    flops = (flops + channels.other_flops) // channels.batch
     if (params, flops) != (cost.params, cost.flops) and len(tracer.calls) == channels.calls:
         raise PackingError(
             f"the packed network has {params} parameters and {flops} FLOPs, but the trace says {cost.params} and"
@@ -188,6 +190,21 @@ def violations(tracer, channels):
         wrong = channels.removable(pinned).nonzero()[0]
         faults |= {((int(pinned[k]),), f"channels that may go should stay, since {reason}") for k in wrong.tolist()}
     return faults
+
+
+def _feeding(channels, found):
+    """The layers whose filters are free to go among these components; where none is, of those that feed them."""
+    seen = set()
+    while found:
+        free = [component for component in found if channels.removable(component)]
+        seen.update(found)
+        layers = dict.fromkeys(name for component in free or found for name in channels.layer_of_component(component))
+        if free:
+            return layers
+        weights = [layer.weight for layer in channels.layers if layer.name in layers]
+        read = [channels.components[name][axis] for name in weights for axis in channels.read_axes.get(name, ())]
+        found = [int(c) for c in dict.fromkeys(np.concatenate(read).tolist()) if c not in seen] if read else []
+    return {}
 
 
 def _advice(layers):
@@ -217,7 +234,7 @@ def _run(call, model, tensors, channels, indices, inputs):
         whole = [torch.from_numpy(component) for component in axes]
         vectors[name] = [v if index is None else v[index] for v, index in zip(whole, indices[name], strict=True)]
     tracer = tracing.Tracer(tensors, vectors, channels.depthwise)
-    with tracing.evaluating(model):
+    with tracing.evaluating(model), tracing.unfused_attention(model, tracer):
         tracing.follow(tracer, call, inputs)
     return tracer
 

@@ -62,14 +62,14 @@ def convolution(tracer, op, args, kwargs, out):
     first, second = vectors[0], vectors[1]
     read = tracer.read(x, 1)
     axes = (0, 1) if transposed else (1, 0)
-    depthwise = groups > 1 and weight.shape[1] == 1 and (not transposed or weight.shape[0] == groups)
+    depthwise = groups > 1 and weight.shape[0] == groups if transposed else groups > 1 and weight.shape[1] == 1
     if tracer.depthwise is not None:
         depthwise = known.parameter in tracer.depthwise
     if depthwise:
         # A group has one input channel, and its output channels come and go with it.
-        issued, axes = first, (None, 0)
+        issued, axes = (first.repeat_interleave(len(second)) if transposed else first), (None, 0)
         if read is not None:
-            tracer.unite(read.repeat_interleave(len(first) // groups), first)
+            tracer.unite(read.repeat_interleave(len(issued) // groups), issued)
         else:
             tracer.pin(first, f"{op} over groups of the model's input")
     elif groups == 1:
@@ -181,10 +181,19 @@ def pointwise(tracer, op, args, kwargs, out):
     for field in fields:
         mine = set(lb.varying(field))
         for k, other in enumerate(merged):
+            if other is None:
+                continue
             theirs = set(lb.varying(other))
             if bool(mine) != bool(theirs):
                 # One channel and several, or a channel and the positions of a map: it serves them all, and stays.
-                tracer.pin(lb.core(field if theirs else other), f"{op} spreads it over other channels", weak=True)
+                one = field if theirs else other
+                tracer.pin(lb.core(one), f"{op} spreads it over other channels", weak=True)
+                if any(one.size(d) > 1 for d in mine | theirs):
+                    tracer.unite(field, other, weak=True)  # several channels that are one, a concatenation of it, say
+                elif theirs:
+                    break
+                else:
+                    merged[k] = None  # it stays; what is told of the result are the channels that it meets
             elif mine and not mine & theirs:
                 continue  # labels of different axes, the channels of one and the positions of the other
             elif any(field.size(d) == 1 for d in theirs):
@@ -202,7 +211,8 @@ def pointwise(tracer, op, args, kwargs, out):
             merged.append(field)
     numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)]
     tracer.scalars.append((str(op), numbers))
-    tracer.carry(out, [lb.resized(field, out.shape) for field in merged], tensors, candidate=True)
+    fields = [lb.resized(field, out.shape) for field in merged if field is not None]
+    tracer.carry(out, fields, tensors, candidate=True)
 
 
 def out_of(out):
@@ -359,6 +369,14 @@ def channel_shuffle(tracer, op, args, kwargs, out):
     tracer.carry(out, fields, (x,))
 
 
+@rule("as_strided_")
+def restrided(tracer, op, args, kwargs, out):
+    """Strides of dimensions of size 1 alone are set, as pooling to one place does in channels_last."""
+    x, before = args[0], tracer.strides
+    if [d for d in zip(x.shape, x.stride(), strict=True) if d[0] > 1] != [d for d in before if d[0] > 1]:
+        unknown(tracer, op, args, kwargs, out)
+
+
 @rule("slice", "select", "narrow", "index_select", "roll", "index", "gather", "as_strided")
 def written_sizes(tracer, op, args, kwargs, out):
     """A piece of the channels is cut out by numbers that a smaller network would not know: they stay."""
@@ -408,10 +426,26 @@ def split(tracer, op, args, kwargs, out):
                 for part in parts[1:]:
                     size = min(part.size(dim), parts[0].size(dim))
                     tracer.unite(part.narrow(dim, 0, size), parts[0].narrow(dim, 0, size))
+                if parts[-1].size(dim) < parts[0].size(dim):
+                    tracer.pin(parts[-1].narrow(dim, 0, 1), f"{op} gives fewer pieces where the last one is empty")
         for piece, part in zip(pieces, parts, strict=True):
             piece.append(lb.settle(part))
     for tensor, fields in zip(out, pieces, strict=True):
         tracer.carry(tensor, fields, (x,))
+
+
+@rule("glu")
+def gated_linear_unit(tracer, op, args, kwargs, out):
+    """The halves of a chunk meet."""
+    x = args[0]
+    dim = (args[1] if len(args) > 1 else kwargs.get("dim", -1)) % x.dim()
+    fields = []
+    for field in tracer.labels_of(x).fields:
+        half, other = field.chunk(2, dim)
+        if lb.varies(field, dim):
+            tracer.unite(half, other)
+        fields.append(lb.settle(half))
+    tracer.carry(out, fields, (x,), candidate=True)
 
 
 @rule("cat", "concat", "stack")

@@ -14,6 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from paamops import labels as lb
 from paamops import rules
 from paamops.channels import ChannelMap, Layer
+from paamops.flops import other_flops
 from paamops.labels import FIXED, Labels
 from paamops.ops.channel_attention import channel_attention_formula, channel_attention_op
 
@@ -51,8 +52,10 @@ class Tracer(TorchDispatchMode):
         self.used = set()  # names of the parameters that some op took
         self.read_axes = {}  # weight name -> its axes that read channels
         self.closed = set()  # calls whose output something has read
+        self.strides = ()  # sizes and strides of a tensor that is about to get others in place
         self.counts = {}  # how often each op ran
-        self.op, self.inputs = None, []  # the op that runs, and its tensors
+        self.other_flops = 0  # of the ops that are no layer
+        self.op, self.inputs = None, []  # the op that runs, or ran last, and its tensors
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -60,12 +63,18 @@ class Tracer(TorchDispatchMode):
             with self:
                 return IN_ATEN[op](*args, **kwargs)
         self.op, self.inputs = op, self.tensors(args, kwargs)
+        if op is torch.ops.aten.as_strided_.default:
+            self.strides = list(zip(args[0].shape, args[0].stride(), strict=True))  # as they were
         out = op(*args, **kwargs)
         self.counts[op] = self.counts.get(op, 0) + 1
         labelled = [self.known[t] for t in self.inputs if t in self.known]
         self.used.update(each.parameter for each in labelled if each.parameter)
+        calls = len(self.calls)
         if labelled:
             rules.find(op)(self, op, args, kwargs, out)
+        self.inputs = self.tensors((out,), {})  # what fails before the next op has run was most likely given these
+        if len(self.calls) == calls:
+            self.other_flops += other_flops(op, args, kwargs, out)
         return out
 
     def tensors(self, args, kwargs):
@@ -141,7 +150,8 @@ class Tracer(TorchDispatchMode):
         fields = [f for f in fields if lb.varies(f, dim)] or [f for f in fields if not lb.varying(f)]
         vectors = [self.along(field, dim) for field in fields if field.numel()]
         for other in vectors[1:]:
-            self.unite(vectors[0], other)
+            # Those that do not change here need not be its channels: in a map of one channel, positions look alike.
+            self.unite(vectors[0], other, weak=not lb.varies(fields[0], dim))
         return vectors[0] if vectors else None
 
     def read(self, tensor, dim):
@@ -222,7 +232,7 @@ def trace(model, example_inputs, pinned=()):
     pinned_names = names_of(model, tensors, pinned)
     tracer = Tracer(tensors, vectors)
     try:
-        with evaluating(model), requiring_grad(tensors.values()):
+        with evaluating(model), requiring_grad(tensors.values()), unfused_attention(model, tracer):
             follow(tracer, model, tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, example_inputs))
     except ForwardError as error:
         raise ValueError(f"the forward pass of model fails on example_inputs, in {error.op}: {error}") from error
@@ -317,6 +327,29 @@ def evaluating(model):
             for buffer, version, before in buffers:
                 if buffer._version != version:
                     buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def unfused_attention(model, tracer):
+    """Transformer layers run as the ops that they are made of, not as one fused op that the rules do not know.
+
+    What `nn.MultiheadAttention` is given is pinned: it holds its number of channels against one that it was made with.
+    """
+
+    def pin(module, args, kwargs):
+        for tensor in leaves((args, kwargs)):
+            tracer.pin_tensor(tensor, "nn.MultiheadAttention is made for their number")
+
+    modules = [module for module in model.modules() if isinstance(module, torch.nn.MultiheadAttention)]
+    hooks = [module.register_forward_pre_hook(pin, with_kwargs=True) for module in modules]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for hook in hooks:
+            hook.remove()
 
 
 @contextlib.contextmanager
