@@ -117,6 +117,7 @@ def rewrite(path, change):
         header, names = json.loads(file.metadata()["paamops"]), file.keys()
         tensors = {name: file.get_tensor(name).clone() for name in names}
     change(tensors, header)
+    header["digest"] = saving.digest(header, tensors)
     path.write_bytes(safetensors.torch.save(tensors, {"paamops": json.dumps(header)}))
 
 
@@ -142,7 +143,7 @@ def enlarge(tensors, header):
         (lambda t, h: h["ties"].update({"conv1.bias": "x"}), "header names x, which it does not hold"),
         (lambda t, h: h["frozen"].append("y"), "header names y, which it does not hold"),
         (lambda t, h: h["recipe"].update(name="lenet6"), r"its recipe .*lenet6.* is not one of paamops.models"),
-        (lambda t, h: h.update(version=2), "written in format 2; this version of paamops reads format 1"),
+        (lambda t, h: h.update(version=3), "written in format 3; this version of paamops reads formats 1 and 2"),
         (lambda t, h: h.pop("ties"), "its header lacks ties"),
         (lambda t, h: h.update(ties=[]), r"its header's ties is \[\], which"),
         (lambda t, h: h.update(ties={"more": []}), r"names \[\], which it does not hold"),
