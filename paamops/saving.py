@@ -280,12 +280,16 @@ def install_kept(path, model, full, header):
         return
     tensors, kept = named_tensors(model), {}
     try:
-        vectors = [torch.tensor(vector, dtype=torch.int64) for vector in header["kept"]["vectors"]]
+        if not all(isinstance(vector, list) and is_size(vector) for vector in header["kept"]["vectors"]):
+            raise ValueError("indices are whole numbers")
+        vectors = dict(enumerate(torch.tensor(v, dtype=torch.int64) for v in header["kept"]["vectors"]))
         for name, slots in header["kept"]["axes"].items():
             axes = tuple(None if slot is None else vectors[slot] for slot in slots)
             for index, size, whole in zip(axes, tensors[name].shape, full[name], strict=True):
-                rising = index is None or (len(index) == size and bool((index.diff() > 0).all()))
-                if not rising or (whole != size if index is None else (index < 0).any() or (index >= whole).any()):
+                fits = size == whole
+                if index is not None:
+                    fits = len(index) == size and bool((index.diff() > 0).all() and (index < whole).all())
+                if not fits:
                     raise ValueError(f"those of {name} do not fit")
             kept[name] = axes
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
