@@ -34,6 +34,7 @@ from paamops.ops.scale_channels import scale_channels
 from paamops.ops.tempered_sigmoid import tempered_sigmoid
 from paamops.ops.vote_ranking import vote_ranking
 from paamops.packing import PackingError, mask, pack
+from paamops.plan import kept
 from paamops.saving import load, save
 from paamops.scoring import ActivationAttention, score
 from paamops.selection import Selection, select
@@ -58,6 +59,7 @@ __all__ = [
     "data",
     "excite",
     "filter_attention",
+    "kept",
     "leaky_exponential",
     "load",
     "mask",

@@ -2,15 +2,18 @@
 
 import contextlib
 import copy
+import types
 
 import numpy as np
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 
-from paamops import tracing
+from paamops import optimizers, plan, tracing
 from paamops.labels import components
 from paamops.ops.pack_channels import pack_channels
+from paamops.wrapping import unwrapped
 
 
 class PackingError(ValueError):
@@ -32,7 +35,7 @@ def mask(model, channels, keep):
     Returns:
         nn.Module
     """
-    keep = channels.check(keep)
+    keep, model = channels.check(keep), unwrapped(model)
     _check_model(model, channels)
     twin = _copy(model, {})
     tensors = tracing.named_tensors(twin)
@@ -45,7 +48,7 @@ def mask(model, channels, keep):
 
 
 @torch.inference_mode(False)
-def pack(model, channels, keep):
+def pack(model, channels, keep, optimizer=None):
     """The smaller dense network that `keep` leaves: `pack(m, c, k)(x)` equals `mask(m, c, k)(x)` in eval mode.
 
     Every parameter and buffer is gathered along the axes that carry removed channels, all in one pass; the modules'
@@ -54,35 +57,82 @@ def pack(model, channels, keep):
     channel must meet the same channels as before, and parameters and FLOPs must be what `channels.cost(keep)` says.
     A network that passes computes what its masked twin does.
 
+    An `optimizer` goes on with the packed network, as the same object: its groups hold the new parameters in the order
+    of the old ones, with their options, its states (momentum, averages) are gathered along the same indices, so every
+    parameter that stays takes the step that it would have taken. A state is cut where each of its sizes is the
+    parameter's or 1 (Adafactor's factored averages keep what was removed in their means); numbers, steps and
+    parameters that are not the model's stay as they are. Learning-rate schedulers and hooks stay attached. It no longer
+    trains `model`.
+
     Args:
-        model: the traced network, or one of the same architecture; it is untouched.
+        model: the traced network, or one of the same architecture (a copy that averages its weights, say); it is
+            untouched. DistributedDataParallel, DataParallel and torch.compile's wrapper are looked through: the packed
+            network comes without them. An AveragedModel of the traced network comes back as one, with its count.
         channels: ChannelMap of the network.
         keep: a Selection, or (S,) bool.
+        optimizer: a torch.optim.Optimizer that trains `model`, or a list of them.
 
     Returns:
         nn.Module, a copy that shares no memory with `model`: same dtype, device, memory format, `requires_grad`,
-        train or eval mode and hooks; trainable, no masks left.
+        train or eval mode, hooks (of parameters too) and attributes; trainable, no masks left, no gradients yet.
+        `kept` tells which indices it has kept.
 
     Raises:
         PackingError (a ValueError): the forward pass has sizes written into it that do not hold any more. The message
             says which op, which layer feeds it and what to pin.
-        ValueError: `keep` removes a pinned set or empties a layer; `model` is not of the traced architecture.
+        ValueError: `keep` removes a pinned set or empties a layer; `model` is not of the traced architecture;
+            `optimizer` trains none of its parameters, or has a state that cannot be cut: the message names it.
+        TypeError: `model` is not a module, or TorchScript; `optimizer` is none.
+
+    Whatever is raised, model and optimizer are as they were.
     """
-    keep = channels.check(keep)
+    keep, model = channels.check(keep), unwrapped(model)
+    if isinstance(model, AveragedModel) and tracing.named_tensors(model).keys() != channels.components.keys():
+        small = pack(model.module, channels, keep, optimizer)
+        return copy.deepcopy(model, {id(model.module): small})
     _check_model(model, channels)
     tensors = tracing.named_tensors(model)
     indices = kept_indices(channels, keep)
+    trainers = optimizers.check(optimizer, tensors, indices)
     packed = pack_channels([tensor.detach() for tensor in tensors.values()], [indices[name] for name in tensors])
-    # Deep copy, with the packed tensors in the places of the old ones, which are never copied.
-    memo = {}
-    for tensor, values in zip(tensors.values(), packed, strict=True):
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(values, requires_grad=tensor.requires_grad) if is_parameter else values
-    small = _copy(model, memo)
+    small = _rebuilt(model, tensors, packed)
     for module in small.modules():
         fit_sizes(module)
     verify(model, small, channels, keep, indices)
+    plan.remember(small, model, tensors, indices)
+    optimizers.install(optimizers.cut(trainers, tensors, tracing.named_tensors(small), indices))
     return small
+
+
+def _rebuilt(model, tensors, packed):
+    """A deep copy with the packed values in the places of the old tensors, which are never copied."""
+    memo = {id(getattr(model, plan.ATTRIBUTE, None)): None}  # it gets a plan of its own
+    new = []
+    for tensor, values in zip(tensors.values(), packed, strict=True):
+        if isinstance(tensor, nn.Parameter):
+            values = torch.Tensor._make_subclass(type(tensor), values, tensor.requires_grad)
+        memo[id(tensor)] = values
+        new.append(values)
+    small = _copy(model, memo)
+    for tensor, values in zip(tensors.values(), new, strict=True):
+        if vars(tensor):
+            vars(values).update(copy.deepcopy(vars(tensor), memo))
+        _copy_hooks(tensor, values, memo)
+    return small
+
+
+def _copy_hooks(tensor, values, memo):
+    """The hooks on a tensor's gradient. A method of something that was copied along becomes one of the copy."""
+    for hooks, register in (
+        (tensor._backward_hooks, values.register_hook),
+        (tensor._post_accumulate_grad_hooks, values.register_post_accumulate_grad_hook),
+    ):
+        for hook in (hooks or {}).values():
+            owner = getattr(hook, "__self__", None)
+            if isinstance(hook, types.MethodType) and id(owner) in memo:
+                hook = types.MethodType(hook.__func__, memo[id(owner)])
+            with tracing.requiring_grad([values]):  # nothing can be hooked to one that is frozen by now
+                register(memo.get(id(hook), hook))
 
 
 def kept_indices(channels, keep):
@@ -249,8 +299,6 @@ def _copy(model, memo):
 
 
 def _check_model(model, channels):
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
     tensors = tracing.named_tensors(model)
     expected = {name: tuple(len(component) for component in axes) for name, axes in channels.components.items()}
     for name in expected.keys() | tensors.keys():

@@ -1,7 +1,10 @@
 """Models in one file: tensors as safetensors, all else as JSON in its header. Nothing is ever pickled or unpickled."""
 
+import hashlib
+import itertools
 import json
 import os
+import warnings
 from pathlib import Path
 
 import safetensors
@@ -9,28 +12,15 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from paamops import models
+from paamops import models, plan
+from paamops.tracing import leaves
+from paamops.wrapping import unwrapped
 
-VERSION = 1  # of what is written under the header's key "paamops"
+VERSION = 2  # of what is written under the header's key "paamops"
 
-# The sizes a module keeps beside its tensors. Pruning changes them, so they are stored and put back with the tensors.
-SIZES = (
-    "in_channels",
-    "out_channels",
-    "groups",
-    "num_features",
-    "in_features",
-    "out_features",
-    "num_channels",
-    "num_groups",
-    "normalized_shape",
-    "num_parameters",
-    "num_embeddings",
-    "embedding_dim",
-)
-
-# What the header holds besides its version, and the type of each value.
+# What the header of each version holds besides the version, and the type of each value.
 HEADER = {"class": str, "recipe": dict | None, "training": bool, "frozen": list, "ties": dict, "sizes": dict}
+HEADERS = {1: HEADER, 2: HEADER | {"modes": list, "source": dict, "kept": dict | None, "digest": str}}
 
 
 class UnknownNetworkError(ValueError):
@@ -41,12 +31,13 @@ def save(model, path):
     """Write `model`, packed or not, to the file `path`, whole or not at all. A symbolic link is followed.
 
     Stored are all parameters and buffers (dtype and ties included), which parameters are trained, train or eval mode,
-    the modules' sizes, and the recipe of a network that `paamops.models` built. Not stored: hooks, optimizers, code.
+    the modules' sizes, the recipe of a network that `paamops.models` built, the indices that a packed network has kept
+    (`paamops.kept`), the fingerprints of the modules that it was packed from, and a digest of all of it. Not stored:
+    hooks, optimizers, code. DistributedDataParallel, DataParallel and torch.compile's wrapper are looked through.
     TypeError: `model` is not a module. ValueError: the model keeps extra state, which only pickle could store; `path`
     is a folder, a device or anything else but a regular file. FileNotFoundError: the folder of `path` is not there.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    model = unwrapped(model)
     for name, module in model.named_modules():
         if type(module).get_extra_state is not nn.Module.get_extra_state:
             raise ValueError(f"model: {name or 'it'} keeps extra state (get_extra_state), which cannot be saved safely")
@@ -67,8 +58,40 @@ def save(model, path):
         "frozen": [name for name, parameter in model.named_parameters() if not parameter.requires_grad],
         "ties": ties,
         "sizes": {name: sizes for name, module in model.named_modules() if (sizes := module_sizes(module))},
+        "modes": [name for name, module in model.named_modules() if module.training != model.training],
+        "source": plan.fingerprints(model),
+        "kept": encoded(plan.kept(model)) if getattr(model, plan.ATTRIBUTE, None) else None,
     }
-    write(path, safetensors.torch.save(tensors, metadata={"paamops": json.dumps(header)}))
+    header["digest"] = digest(header, tensors)
+    metadata = {"paamops": json.dumps(header, separators=(",", ":"))}  # one entry: several are written in any order
+    write(path, safetensors.torch.save(tensors, metadata=metadata))
+
+
+def digest(header, tensors):
+    """SHA-256 of the header but for its own digest, and of all tensors: names, dtypes, shapes, bytes.
+
+    It finds damage and careless edits; whoever forges a file can forge it too.
+    """
+    header = {key: value for key, value in header.items() if key != "digest"}
+    state = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        state.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        state.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def encoded(kept):
+    """Kept indices for JSON: every vector once, and for every tensor the number of each axis's, or null."""
+    vectors, axes, numbers = [], {}, {}
+    for name, indices in kept.items():
+        axes[name] = []
+        for index in indices:
+            key = None if index is None else tuple(index.tolist())
+            if key is not None and key not in numbers:
+                numbers[key] = len(vectors)
+                vectors.append(list(key))
+            axes[name].append(numbers.get(key))
+    return {"vectors": vectors, "axes": axes}
 
 
 def write(path, content):
@@ -107,8 +130,12 @@ def load(path, model=None):
 
     A network of `paamops.models` is built again from its recipe. For a network of your own pass `model`, the function
     that builds it in full size without arguments; the stored, perhaps pruned, tensors and sizes then replace its own.
-    ValueError: not such a file, truncated, or not this network's; it says which tensor is missing, unexpected or of the
-    wrong shape. TypeError: `model` is no function, or builds no module. FileNotFoundError: no such file.
+    It is called on PyTorch's meta device, where tensors take no memory, and again without where it needs their values.
+    Nothing is traced: the network runs first when you run it, and can be pruned again as `pack` left it.
+
+    ValueError: not such a file, truncated, changed since it was written, or not this network's; it says which tensor is
+    missing, unexpected or of the wrong shape, or which module is another than the one that was packed. TypeError:
+    `model` is no function, or builds no module. FileNotFoundError: no such file.
     """
     tensors, header = read(path)
     if model is None:
@@ -118,13 +145,39 @@ def load(path, model=None):
     elif isinstance(model, nn.Module) or not callable(model):
         raise TypeError(f"model is a {type(model).__name__}; it must be a function that builds the network")
     else:
-        model = model()
+        model = built_by(model)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model built a {type(model).__name__}; it must build a torch.nn.Module")
     check_names(path, set(named_tensors(model)), {*tensors, *header["ties"]})
+    full = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
+    built = plan.fingerprints(model)
     install_sizes(path, model, header["sizes"])
     install_tensors(path, model, tensors, header)
-    return model.train(header["training"])
+    check_source(path, built, header["source"])
+    install_kept(path, model, full, header)
+    model.train(header["training"])
+    modules = dict(model.named_modules())
+    for name in header["modes"]:
+        if name.__class__ is not str or name not in modules:
+            raise ValueError(f"{path}: has a mode of {name!r}, which the network does not have")
+        modules[name].training = not header["training"]
+    return model
+
+
+def built_by(function):
+    """What `function` builds, without memory for its tensors if it can be built so: the stored ones replace them."""
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = function()
+        # A tensor that is no parameter or buffer would not be replaced.
+        tables = ("_parameters", "_buffers", "_modules")
+        others = [leaves([value for key, value in vars(m).items() if key not in tables]) for m in model.modules()]
+        if not any(tensor.is_meta for tensor in itertools.chain(*others)):
+            return model
+    except Exception:  # it looks at the values of its tensors, or it fails: then it does so again, and is heard
+        pass
+    return function()
 
 
 def named_tensors(model):
@@ -137,7 +190,7 @@ def module_sizes(module):
     """The sizes in `module`, for JSON: ints, or lists of ints."""
     return {
         name: list(value) if isinstance(value, tuple) else value
-        for name in SIZES
+        for name in plan.SIZES
         if isinstance(value := vars(module).get(name), int | tuple)
     }
 
@@ -160,18 +213,23 @@ def read(path):
         version = header["version"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: a safetensors file, but not one that paamops.save wrote") from error
-    if version != VERSION:
-        raise ValueError(f"{path}: written in format {version}; this version of paamops reads format {VERSION}")
+    if version.__class__ is not int or version not in HEADERS:
+        known = " and ".join(map(str, HEADERS))
+        raise ValueError(f"{path}: written in format {version}; this version of paamops reads formats {known}")
     check_header(path, header, set(tensors))
+    if version > 1 and header["digest"] != digest(header, tensors):
+        raise ValueError(f"{path}: damaged, or changed since it was written: its digest is not that of what it holds")
+    if version == 1:  # it does not tell what a packed network has kept, nor of what
+        header |= {"modes": [], "source": {}, "kept": {"vectors": [], "axes": {}}}
     return tensors, header
 
 
 def check_header(path, header, stored):
     """The header must have the form that `save` gives it, and speak of the tensors `stored`."""
-    missing = set(HEADER) - set(header)
+    missing = set(HEADERS[header["version"]]) - set(header)
     if missing:
         raise ValueError(f"{path}: its header lacks {', '.join(sorted(missing))}")
-    for key, kind in HEADER.items():
+    for key, kind in HEADERS[header["version"]].items():
         if not isinstance(header[key], kind):
             raise ValueError(f"{path}: its header's {key} is {header[key]!r}, which paamops.save never writes")
     ties = header["ties"]
@@ -206,6 +264,37 @@ def check_names(path, wanted, found):
         if names:
             shown = ", ".join(sorted(names)[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
             raise ValueError(f"{path}: {what} {shown}; it is not a file of this network")
+
+
+def check_source(path, built, stored):
+    """The modules that were built must be those that the stored ones were packed from."""
+    other = [name or "the network itself" for name, found in stored.items() if built.get(name) != found]
+    if other:
+        shown = ", ".join(other[:5]) + (f" and {len(other) - 5} more" if len(other) > 5 else "")
+        raise ValueError(f"{path}: not of this network, whose sizes, kinds or settings differ in {shown}")
+
+
+def install_kept(path, model, full, header):
+    """Let the model know which indices of the full-size network, whose shapes are `full`, it has kept."""
+    if header["kept"] is None:  # it never was packed
+        return
+    tensors, kept = named_tensors(model), {}
+    try:
+        if not all(isinstance(vector, list) and is_size(vector) for vector in header["kept"]["vectors"]):
+            raise ValueError("indices are whole numbers")
+        vectors = dict(enumerate(torch.tensor(v, dtype=torch.int64) for v in header["kept"]["vectors"]))
+        for name, slots in header["kept"]["axes"].items():
+            axes = tuple(None if slot is None else vectors[slot] for slot in slots)
+            for index, size, whole in zip(axes, tensors[name].shape, full[name], strict=True):
+                fits = size == whole
+                if index is not None:
+                    fits = len(index) == size and bool((index.diff() > 0).all() and (index < whole).all())
+                if not fits:
+                    raise ValueError(f"those of {name} do not fit")
+            kept[name] = axes
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: its header's kept indices are not what paamops.save writes ({error})") from error
+    plan.install(model, kept, {name: full[name] for name in kept})
 
 
 def install_sizes(path, model, sizes):

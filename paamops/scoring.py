@@ -7,6 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from paamops import tracing
 from paamops.ops.activation_attention import REDUCTIONS, activation_attention
 from paamops.ops.relu_attention import relu_attention
+from paamops.wrapping import eager, unwrapped
 
 
 class ActivationAttention:
@@ -38,6 +39,7 @@ class ActivationAttention:
         self.model = channels.model if model is None else model
         if self.model is None:
             raise ValueError("model is gone: the traced network was deleted; pass model=")
+        self.model = unwrapped(self.model)
         if reduction not in REDUCTIONS:
             raise ValueError(f"reduction is {reduction!r}; it must be one of {REDUCTIONS}")
         activation_attention(torch.zeros(1, 1), p)  # refuses a bad p before the first batch
@@ -166,10 +168,12 @@ def score(model, channels, inputs, p=1, reduction="mean"):
     if isinstance(inputs, torch.Tensor) and inputs.dim() and not len(inputs):
         raise ValueError(f"inputs has shape {tuple(inputs.shape)}; it must hold at least one image")
     batches = [inputs] if isinstance(inputs, (torch.Tensor, tuple, dict)) else inputs
+    model = unwrapped(model)
     with tracing.evaluating(model), torch.no_grad(), ActivationAttention(channels, model, p, reduction) as attention:
         for batch in batches:
             args, kwargs = tracing.arguments(batch)
-            model(*args, **kwargs)
+            with eager():
+                model(*args, **kwargs)
     if not attention.images:
         raise ValueError("inputs holds no images; it must hold at least one")
     return attention.scores()

@@ -17,6 +17,7 @@ from paamops.channels import ChannelMap, Layer
 from paamops.flops import other_flops
 from paamops.labels import FIXED, Labels
 from paamops.ops.channel_attention import channel_attention_formula, channel_attention_op
+from paamops.wrapping import eager, unwrapped
 
 NOTHING = Labels()
 # An op of ours that stands for a whole subnetwork is followed, and scored, as the ATen ops of its formula.
@@ -205,7 +206,8 @@ def trace(model, example_inputs, pinned=()):
     `ChannelMap.explain()` lists all of it.
 
     Args:
-        model: an `nn.Module`; its parameters and buffers may be on any device.
+        model: an `nn.Module`; its parameters and buffers may be on any device. DistributedDataParallel, DataParallel
+            and torch.compile's wrapper are looked through: names are those of the network inside.
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. FLOPs are counted for one
             example: for these inputs, divided by the size of the first tensor's first dimension.
         pinned: names of submodules or parameters, or submodules, whose filters must stay.
@@ -218,10 +220,7 @@ def trace(model, example_inputs, pinned=()):
             nothing in the model.
         TypeError: `model` is not a module, or TorchScript.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
-    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise TypeError("model is, or holds, a TorchScript module; it must be ordinary PyTorch code")
+    model = unwrapped(model)
     tensors = named_tensors(model)
     vectors, total = {}, 0
     for name, tensor in tensors.items():
@@ -252,7 +251,7 @@ def follow(tracer, model, inputs):
     """Run the model on the inputs inside the tracer, and pin what its outputs carry."""
     args, kwargs = arguments(inputs)
     try:
-        with torch.no_grad(), tracer:
+        with torch.no_grad(), eager(), tracer:
             outputs = model(*args, **kwargs)
     except Exception as error:
         known = [tracer.labels_of(tensor) for tensor in tracer.inputs]

@@ -12,6 +12,8 @@ from torch import nn
 import paamops
 from paamops import models, saving
 from paamops.saving import load, save
+from tests import networks
+from tests.test_packing import check_law, random_keep
 
 
 class Odd(nn.Module):
@@ -111,12 +113,235 @@ def test_another_network_is_refused(tmp_path):
         load(tmp_path / "m", lambda: nn.Sequential(nn.Linear(3, 2), nn.Bilinear(2, 2, 2)))
 
 
+def test_what_was_kept_comes_back_and_can_be_pruned_again(tmp_path):
+    original, inputs = networks.make(networks.Depthwise)
+    model = original
+    for number in range(3):
+        channels = paamops.trace(model, inputs)
+        model = paamops.pack(model, channels, random_keep(channels, 0.6))
+        save(model, tmp_path / str(number))
+        again = load(tmp_path / str(number), networks.Depthwise)
+        assert torch.equal(again(*inputs), model(*inputs))
+        assert str(paamops.kept(again)) == str(paamops.kept(model))
+        check_law(again, inputs, random_keep(other := paamops.trace(again, inputs), 0.5), other)
+        save(again, tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == (tmp_path / str(number)).read_bytes()
+        model = again
+    rows = paamops.kept(model)["stem.weight"][0]
+    assert len(rows) < 8
+    assert torch.equal(model.stem.weight, original.stem.weight[rows])
+
+
+def test_each_module_keeps_its_mode(tmp_path):
+    model = models.build("resnet20").train()
+    frozen = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)][3:5]
+    for module in frozen:
+        module.eval()
+    save(model, tmp_path / "m")
+    assert_same(model, load(tmp_path / "m"))
+
+
+def test_every_changed_byte_is_found(tmp_path):
+    """One bit of the file, anywhere: it is refused, and never with anything but a ValueError."""
+    path = tmp_path / "m"
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1))
+    channels = paamops.trace(model, torch.randn(1, 3, 4, 4))
+    save(paamops.pack(model, channels, random_keep(channels, 0.4)), path)
+    whole = path.read_bytes()
+    tensors = torch.randint(8 + int.from_bytes(whole[:8], "little"), len(whole), (150,)).tolist()
+    for place in torch.randint(len(whole), (150,)).tolist() + tensors:
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(torch.randint(8, ()))
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"m: "):
+            load(path, lambda: model)
+    path.write_bytes(whole + b"0")
+    with pytest.raises(ValueError, match="m: truncated, or not a safetensors file"):
+        load(path, lambda: model)
+
+
+def test_an_edited_file_is_refused(tmp_path):
+    save(models.build("lenet5"), tmp_path / "m")
+    with safetensors.safe_open(tmp_path / "m", "pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors["conv1.bias"][3] += 1
+    safetensors.torch.save_file(tensors, tmp_path / "m", metadata)
+    with pytest.raises(ValueError, match="m: damaged, or changed since it was written: its digest is not that"):
+        load(tmp_path / "m")
+    header = json.loads(metadata["paamops"])
+    tensors["conv1.bias"][3] -= 1
+    header["training"] = not header["training"]
+    safetensors.torch.save_file(tensors, tmp_path / "m", {"paamops": json.dumps(header)})
+    with pytest.raises(ValueError, match="m: damaged, or changed since it was written"):
+        load(tmp_path / "m")
+
+
+class Strided(nn.Module):
+    """Layers whose sizes do not tell it from another one: stride, activation, width."""
+
+    def __init__(self, stride=1, activation=nn.ReLU, width=8):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, width, 3, stride), nn.Conv2d(width, 4, 3)
+        self.activation = activation()
+
+    def forward(self, x):
+        return self.second(self.activation(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    ("build", "names"),
+    [
+        (lambda: Strided(stride=2), "first"),
+        (lambda: Strided(activation=nn.GELU), "activation"),
+        (lambda: Strided(width=10), "first, second"),
+        (lambda: Strided(2, nn.ELU, 9), "first, second, activation"),
+    ],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_another_architecture_is_refused_by_the_module(tmp_path, build, names, packed):
+    model, x = Strided(), torch.randn(1, 3, 12, 12)
+    channels = paamops.trace(model, x)
+    small = paamops.pack(model, channels, torch.arange(12) > 2) if packed else model
+    save(small, tmp_path / "m")
+    assert torch.equal(load(tmp_path / "m", Strided)(x), small(x))
+    with pytest.raises(ValueError, match=f"not of this network, whose sizes, kinds or settings differ in {names}$"):
+        load(tmp_path / "m", build)
+
+
+def test_what_was_changed_after_packing_is_built_as_changed(tmp_path):
+    model, x = Strided(), torch.randn(1, 3, 12, 12)
+    channels = paamops.trace(model, x)
+    small = paamops.pack(model, channels, torch.arange(12) > 2)
+    small.first.stride, small.activation, small.second = (2, 2), nn.GELU(), nn.Conv2d(5, 2, 1)
+
+    def build():
+        network = Strided(2, nn.GELU)
+        network.second = nn.Conv2d(8, 2, 1)
+        return network
+
+    save(small, tmp_path / "m")
+    again = load(tmp_path / "m", build)
+    assert torch.equal(again(x), small(x))
+    assert paamops.kept(again).keys() == {"first.weight", "first.bias"}
+
+
+def test_it_is_built_without_memory(tmp_path):
+    devices = []
+
+    class Big(nn.Linear):
+        def __init__(self):
+            super().__init__(10**6, 10**6)  # 4 TB
+            devices.append(self.weight.device.type)
+
+    def build():
+        return nn.Sequential(Big())
+
+    with torch.device("meta"):
+        model = build()
+    model[0].weight, model[0].bias = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(2))
+    model[0].in_features, model[0].out_features = 3, 2
+    paamops.plan.install(model, {}, {})  # as one whose indices nobody knows
+    save(model, tmp_path / "m")
+    devices.clear()
+    assert torch.equal(load(tmp_path / "m", build)[0].weight, torch.ones(2, 3))
+    assert devices == ["meta"]
+
+
+class Valued(nn.Module):
+    """It looks at values of tensors while it is built, or keeps one that is neither parameter nor buffer."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        if how == "looks":
+            self.rate = torch.linspace(0, 1, 3).tolist()
+        elif how == "keeps":
+            self._scale = {"of": [torch.full((1,), 3.0)]}
+
+    def forward(self, x):
+        return self.conv(x) * (self._scale["of"][0] if hasattr(self, "_scale") else 1)
+
+
+@pytest.mark.parametrize("how", ["looks", "keeps", "neither"])
+def test_what_needs_the_values_of_its_tensors_is_built_with_them(tmp_path, how):
+    model, x = Valued(how), torch.randn(1, 3, 4, 4)
+    save(model, tmp_path / "m")
+    again = load(tmp_path / "m", lambda: Valued(how))
+    assert torch.equal(again(x), model(x))
+    assert getattr(again, "rate", [0, 0.5, 1]) == [0, 0.5, 1]
+    with pytest.raises(ZeroDivisionError):
+        load(tmp_path / "m", lambda: 1 / 0)
+
+
+def test_a_file_of_format_1_is_read(tmp_path):
+    """With what it does not tell left open, also when it is saved again."""
+    original, inputs = networks.make(networks.Depthwise)
+    channels = paamops.trace(original, inputs)
+    model = paamops.pack(original, channels, random_keep(channels, 0.5))
+    save(model, tmp_path / "m")
+    with safetensors.safe_open(tmp_path / "m", "pt") as file:
+        header = json.loads(file.metadata()["paamops"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for key in ("modes", "source", "kept", "digest"):
+        del header[key]
+    header["version"] = 1
+    safetensors.torch.save_file(tensors, tmp_path / "m", {"paamops": json.dumps(header)})
+    for _ in range(2):
+        again = load(tmp_path / "m", networks.Depthwise)
+        assert torch.equal(again(*inputs), model(*inputs))
+        assert paamops.kept(again) == {}
+        save(again, tmp_path / "m")
+    check_law(again, inputs, random_keep(other := paamops.trace(again, inputs), 0.5), other)
+
+
+def kept_of(change):
+    """A change of the kept indices of a packed network's file."""
+    return lambda tensors, header: change(header["kept"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        kept_of(lambda k: k.pop("vectors")),
+        kept_of(lambda k: k.update(axes=[])),
+        kept_of(lambda k: k["axes"].update(nothing=[0])),
+        kept_of(lambda k: k["axes"].update({"first.weight": [0]})),
+        kept_of(lambda k: k["axes"].update({"first.weight": [7, None, None, None]})),
+        kept_of(lambda k: k["axes"].update({"first.weight": [None] * 4})),
+        kept_of(lambda k: k["vectors"][0].reverse()),
+        kept_of(lambda k: k["vectors"][0].pop()),
+        kept_of(lambda k: k["vectors"].__setitem__(0, [4, 5, 6, 7, 8])),
+        kept_of(lambda k: k["vectors"].__setitem__(0, [-1, 5, 6, 7])),
+        kept_of(lambda k: k["vectors"].__setitem__(0, "abcde")),
+        kept_of(lambda k: k["vectors"].__setitem__(0, [[3], [4], [5], [6], [7]])),
+        kept_of(lambda k: k["vectors"].__setitem__(0, [3.5, 4, 5, 6, 7])),
+        lambda t, h: h.update(kept=[]),
+        lambda t, h: h.update(modes=["nowhere"]),
+        lambda t, h: h.update(modes=[[]]),
+        lambda t, h: h.update(source=[]),
+        lambda t, h: h["source"].update(nowhere="12345678"),
+        lambda t, h: h.update(digest=3),
+    ],
+)
+def test_an_inconsistent_plan(tmp_path, change):
+    model = Strided()
+    channels = paamops.trace(model, torch.randn(1, 3, 12, 12))
+    save(paamops.pack(model, channels, torch.arange(12) > 2), tmp_path / "m")
+    rewrite(tmp_path / "m", change)
+    with pytest.raises(
+        ValueError, match=r"m: .*(kept indices|kept is|modes?|source|digest|settings differ in nowhere)"
+    ):
+        load(tmp_path / "m", Strided)
+
+
 def rewrite(path, change):
     """Change the tensors and the header of a file."""
     with safetensors.safe_open(path, "pt") as file:
         header, names = json.loads(file.metadata()["paamops"]), file.keys()
         tensors = {name: file.get_tensor(name).clone() for name in names}
     change(tensors, header)
+    if isinstance(header.get("digest"), str):
+        header["digest"] = saving.digest(header, tensors)
     path.write_bytes(safetensors.torch.save(tensors, {"paamops": json.dumps(header)}))
 
 
@@ -142,7 +367,7 @@ def enlarge(tensors, header):
         (lambda t, h: h["ties"].update({"conv1.bias": "x"}), "header names x, which it does not hold"),
         (lambda t, h: h["frozen"].append("y"), "header names y, which it does not hold"),
         (lambda t, h: h["recipe"].update(name="lenet6"), r"its recipe .*lenet6.* is not one of paamops.models"),
-        (lambda t, h: h.update(version=2), "written in format 2; this version of paamops reads format 1"),
+        (lambda t, h: h.update(version=3), "written in format 3; this version of paamops reads formats 1 and 2"),
         (lambda t, h: h.pop("ties"), "its header lacks ties"),
         (lambda t, h: h.update(ties=[]), r"its header's ties is \[\], which"),
         (lambda t, h: h.update(ties={"more": []}), r"names \[\], which it does not hold"),
