@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from paamops import tracing
+from paamops import scattering, tracing
 from paamops.labels import components
 from paamops.ops.pack_channels import pack_channels
 
@@ -17,11 +17,13 @@ class PackingError(ValueError):
 
 
 @torch.inference_mode(False)
+@scattering.while_installed
 def mask(model, channels, keep):
     """A full-size copy of the model in which every read of a removed channel is zero. This defines what removal means.
 
     In every convolution and linear layer the weight's input slices of the removed channels are set to zero; whatever a
-    removed filter still computes is read by nobody.
+    removed filter still computes is read by nobody. Where a residual sum adds a branch by index, what a removed filter
+    of the branch adds is zero.
 
     Args:
         model: the traced network, or one of the same architecture; it is untouched.
@@ -40,10 +42,14 @@ def mask(model, channels, keep):
             for axis in axes:
                 removed = (~_kept(channels.axes[name][axis], keep)).nonzero().flatten()
                 tensors[name].index_fill_(axis, removed.to(tensors[name].device), 0)
+    ids = {name: channels.axes[name][0] for name in channels.scatters}
+    scattering.silence(twin, {name: _kept(each, keep) for name, each in ids.items() if each is not None})
+    scattering.remove_idle(twin)
     return twin
 
 
 @torch.inference_mode(False)
+@scattering.while_installed
 def pack(model, channels, keep):
     """The smaller dense network that `keep` leaves: `pack(m, c, k)(x)` equals `mask(m, c, k)(x)` in eval mode.
 
@@ -80,7 +86,9 @@ def pack(model, channels, keep):
     small = _copy(model, memo)
     for module in small.modules():
         fit_sizes(module)
+    scattering.renumber(small, indices)
     verify(model, small, channels, keep, indices)
+    scattering.remove_idle(small)
     return small
 
 
