@@ -85,22 +85,39 @@ void move_maps(const T* x, T* y, Axis image, int64_t channel, const std::vector<
 }
 
 // One row of channels: from[c] is the offset of its source, or -1.
-template <class T>
-inline void move_row(const T* x, T* y, const int64_t* from, int64_t width) {
-  for (int64_t c = 0; c < width; ++c) y[c] = from[c] < 0 ? T{0} : x[from[c]];
+template <class T, bool GAPS>
+void move_row(const T* x, T* y, const int64_t* from, int64_t width) {
+  for (int64_t c = 0; c < width; ++c) y[c] = GAPS && from[c] < 0 ? T{0} : x[from[c]];
 }
 
 #if PAAMOPS_X86
-// Adjacent channels that keep their order: each 16 places take the next few channels of x by an expansion.
+// Adjacent channels that keep their order: every 16 (or 8) places take the next few channels of x, by an expansion.
+// places[b] has a bit for each; only as many elements are read as there are bits, and none is written beyond the row.
 PAAMOPS_V4 void expand_row(const uint32_t* x, uint32_t* y, const uint16_t* places, int64_t width) {
-  int64_t c = 0;
-  for (; c + 16 <= width; c += 16, ++places) {
-    _mm512_storeu_si512(y + c, _mm512_maskz_expandloadu_epi32(*places, x));
-    x += __builtin_popcount(*places);
+  for (int64_t c = 0; c < width; c += 16, x += __builtin_popcount(*places++)) {
+    const __mmask16 room = static_cast<__mmask16>(width - c >= 16 ? 0xffff : (1u << (width - c)) - 1);
+    _mm512_mask_storeu_epi32(y + c, room, _mm512_maskz_expandloadu_epi32(*places, x));
   }
-  if (c < width) {
-    const __m512i values = _mm512_maskz_expandloadu_epi32(*places, x);
-    _mm512_mask_storeu_epi32(y + c, static_cast<__mmask16>((1u << (width - c)) - 1), values);
+}
+
+PAAMOPS_V4 void expand_row(const uint16_t* x, uint16_t* y, const uint16_t* places, int64_t width) {
+  for (int64_t c = 0; c < width; c += 16) {
+    const int count = __builtin_popcount(*places);
+    const __mmask16 room = static_cast<__mmask16>(width - c >= 16 ? 0xffff : (1u << (width - c)) - 1);
+    const __m256i next = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), x);
+    const __m512i placed = _mm512_maskz_expand_epi32(*places++, _mm512_cvtepu16_epi32(next));
+    _mm256_mask_storeu_epi16(y + c, room, _mm512_cvtepi32_epi16(placed));
+    x += count;
+  }
+}
+
+PAAMOPS_V4 void expand_row(const uint64_t* x, uint64_t* y, const uint16_t* places, int64_t width) {
+  for (int64_t c = 0; c < width; c += 8) {
+    const __mmask8 half = static_cast<__mmask8>(c % 16 ? *places >> 8 : *places & 0xff);
+    const __mmask8 room = static_cast<__mmask8>(width - c >= 8 ? 0xff : (1u << (width - c)) - 1);
+    _mm512_mask_storeu_epi64(y + c, room, _mm512_maskz_expandloadu_epi64(half, x));
+    x += __builtin_popcount(half);
+    places += c % 16 ? 1 : 0;
   }
 }
 #endif
@@ -110,26 +127,26 @@ template <class T>
 void move_rows(const T* x, T* y, const std::vector<Axis>& axes, int64_t rows, int64_t channel, const int64_t* source,
                int64_t width) {
   std::vector<int64_t> from(width);
-  bool ordered = channel == 1;
+  std::vector<uint16_t> places((width + 15) / 16);
+  bool ordered = channel == 1, gaps = false;
   int64_t next = 0;
   for (int64_t c = 0; c < width; ++c) {
     from[c] = source[c] < 0 ? -1 : source[c] * channel;
-    if (source[c] >= 0) ordered &= source[c] == next++;
+    if (source[c] < 0) {
+      gaps = true;
+    } else {
+      ordered &= source[c] == next++;
+      places[c / 16] |= static_cast<uint16_t>(1u << (c % 16));
+    }
   }
-#if PAAMOPS_X86
-  std::vector<uint16_t> places;
-  if (sizeof(T) == 4 && ordered && paamops::instruction_set() == 4) {
-    places.resize((width + 15) / 16);
-    for (int64_t c = 0; c < width; ++c) places[c / 16] |= static_cast<uint16_t>((source[c] >= 0) << (c % 16));
-  }
-#endif
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / width), [&](int64_t begin, int64_t end) {
     for_positions(axes, begin, end, [&](int64_t row, int64_t offset) {
+      const T* at = x + offset;
+      T* to = y + row * width;
 #if PAAMOPS_X86
-      if constexpr (sizeof(T) == 4)
-        if (!places.empty()) return expand_row(x + offset, y + row * width, places.data(), width);
+      if (ordered && paamops::instruction_set() == 4) return expand_row(at, to, places.data(), width);
 #endif
-      move_row(x + offset, y + row * width, from.data(), width);
+      gaps ? move_row<T, true>(at, to, from.data(), width) : move_row<T, false>(at, to, from.data(), width);
     });
   });
 }
