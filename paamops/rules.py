@@ -117,11 +117,11 @@ def matrix_product(tracer, op, args, kwargs, out):
 
 @rule("paamops::scatter_channels")
 def scatter_channels(tracer, op, args, kwargs, out):
-    """It reads a branch, along its buffer `index`, and issues channels of the stream, along its buffer `source`."""
+    """It reads a branch, along its buffer `index`, and issues channels of the stream, along `source` (scattering.py)."""
     x, index, source = (tracer.labels_of(each) for each in args)
-    if index.parameter is None or source.parameter is None:
+    if not (index.parameter or "").endswith(".scatter.index") or source.parameter is None:
         for tensor in tracer.labelled(args, kwargs):
-            tracer.pin_tensor(tensor, f"{op} takes places that are computed in the forward pass")
+            tracer.pin_tensor(tensor, f"{op} takes places that no packing put there")
         return
     read, places = tracer.read(args[0], 1), tracer.vectors[index.parameter][0]
     if read is not None:

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from paamops import models
+from paamops import models, scattering
 
 VERSION = 1  # of what is written under the header's key "paamops"
 
@@ -68,6 +68,8 @@ def save(model, path):
         "ties": ties,
         "sizes": {name: sizes for name, module in model.named_modules() if (sizes := module_sizes(module))},
     }
+    if found := scattering.sizes(model):
+        header["scatters"] = found
     write(path, safetensors.torch.save(tensors, metadata={"paamops": json.dumps(header)}))
 
 
@@ -121,6 +123,7 @@ def load(path, model=None):
         model = model()
         if not isinstance(model, nn.Module):
             raise TypeError(f"model built a {type(model).__name__}; it must build a torch.nn.Module")
+    scattering.install_saved(path, model, header.get("scatters", {}), tensors)
     check_names(path, set(named_tensors(model)), {*tensors, *header["ties"]})
     install_sizes(path, model, header["sizes"])
     install_tensors(path, model, tensors, header)

@@ -68,8 +68,8 @@ def _scatter_output(module, args, output):
 
 def scatters(model):
     """{path of the host: Scatter} of a model, in the order of its modules."""
-    found = {path: module for path, module in model.named_modules() if isinstance(module, Scatter)}
-    return {path.rpartition(".")[0]: module for path, module in found.items()}
+    found = {path.rpartition("."): module for path, module in model.named_modules() if isinstance(module, Scatter)}
+    return {host: module for (host, _, name), module in found.items() if host and name == NAME}
 
 
 def install(model, hosts):
@@ -148,6 +148,31 @@ def remove_idle(model):
 def sizes(model):
     """{path: [k, C]} of the scatters of a model, for a file."""
     return {path: [len(scatter.index), len(scatter.source)] for path, scatter in scatters(model).items()}
+
+
+def install_saved(path, model, hosts, tensors):
+    """Put the scatters of the file `path` into a network that was built anew; `hosts` and `tensors` are what it holds.
+
+    ValueError: the file does not say where they are, how long, or which channel goes where, as `save` would write it.
+    """
+    if not isinstance(hosts, dict):
+        raise ValueError(f"{path}: its header's scatters is {hosts!r}, which paamops.save never writes")
+    modules = dict(model.named_modules())
+    for host, lengths in hosts.items():
+        names = [f"{host}.{NAME}.{each}" for each in ("index", "source")]
+        index, source = (tensors.get(name, torch.empty(0)) for name in names)
+        if not host or host not in modules or hasattr(modules[host], NAME):
+            raise ValueError(f"{path}: adds the branch {host!r} by index, which the network cannot; it is not its file")
+        if lengths != [len(index), len(source)] or any(t.dtype != torch.int64 or t.dim() != 1 for t in (index, source)):
+            raise ValueError(f"{path}: the index of {host} is {lengths}, which paamops.save never writes")
+        if not (_is_inverse(index, source) and _is_inverse(source, index)):
+            raise ValueError(f"{path}: {names[0]} and {names[1]} are not each other's inverse")
+    install(model, {host: tuple(lengths) for host, lengths in hosts.items()})
+
+
+def _is_inverse(index, source):
+    in_range = not len(index) or (index.min() >= -1 and index.max() < len(source))
+    return bool(in_range) and torch.equal(inverse(index, len(source)), source)
 
 
 def trace(model, example_inputs, pinned):
