@@ -40,6 +40,7 @@ OPS = (
     "leaky_exponential",
     "tempered_sigmoid",
     "scale_channels",
+    "scatter_channels",
     "vote_ranking",
     "ranking_loss",
     "channel_attention",
@@ -90,6 +91,11 @@ def cases(op):
         x, s = empty(shape, dtype=floats[name]).to(memory_format=memory_format), empty(shape[1], dtype=floats[of_s])
         backward(forward(x, s), x, s)
 
+    def scatter(shape, kept, name, memory_format):
+        index, source = empty(kept, dtype=torch.int64), empty(shape[1], dtype=torch.int64)
+        x = empty(shape[0], kept, *shape[2:], dtype=floats[name]).to(memory_format=memory_format)
+        forward(forward(x, index, source), source, index)
+
     def ranking(shapes, name):
         saliencies = [empty(shape, dtype=floats[name]) for shape in shapes]
         rankings, tops = [empty(shape[1], dtype=torch.int64) for shape in shapes], [shape[1] // 2 for shape in shapes]
@@ -130,6 +136,13 @@ def cases(op):
             for layout, memory_format in list(formats.items())[: len(shape) // 2]:
                 call = functools.partial(scale, shape, name, memory_format, of_s)
                 yield f"{'x'.join(map(str, shape))} {name} {layout} s {of_s}", call
+    elif op == "scatter_channels":
+        many, uneven, flat = (64, 256, 56, 56), (64, 24, 14, 14), (4096, 1024)
+        wanted = [*((many, 128, name) for name in floats), (uneven, 11, "float32"), (flat, 512, "float32")]
+        for shape, kept, name in wanted:
+            for layout, memory_format in list(formats.items())[: len(shape) // 2]:
+                call = functools.partial(scatter, shape, kept, name, memory_format)
+                yield f"{kept} of {'x'.join(map(str, shape))} {name} {layout}", call
     elif op == "ranking_loss":
         for name in floats:
             yield f"128x16+128x64+77x512 {name}", functools.partial(ranking, [(128, 16), (128, 64), (77, 512)], name)
@@ -197,6 +210,11 @@ def tile_bytes(kernel, arguments):
     if kernel in ("_scale", "_gradients"):
         tile = arguments["ROWS"] * arguments["COLS"] * element("x")
         return [tile] * (1 + (kernel == "_gradients")), [tile]
+    if kernel == "_scatter":  # adjacent channels are looked up one by one
+        tile = [arguments["ROWS"] * arguments["COLS"] * element("x")]
+        if arguments["LAYOUT"] != "rows":
+            return tile, tile
+        return [], tile if arguments["ALIGN"] * element("x") >= 16 else []
     if kernel in ("_squeeze", "_excite"):  # x is not read where neither its value nor its sign is wanted
         tile, gradient = arguments["ROWS"] * arguments["COLS"] * element("x"), arguments["GRADIENT"]
         reads_x = kernel == "_squeeze" or arguments["ACTIVATION"] != 0 or not gradient

@@ -31,6 +31,7 @@ from paamops.ops.ranking_loss import ranking_loss
 from paamops.ops.registration import build_info
 from paamops.ops.relu_attention import relu_attention
 from paamops.ops.scale_channels import scale_channels
+from paamops.ops.scatter_channels import scatter_channels
 from paamops.ops.tempered_sigmoid import tempered_sigmoid
 from paamops.ops.vote_ranking import vote_ranking
 from paamops.packing import PackingError, mask, pack
@@ -71,6 +72,7 @@ __all__ = [
     "relu_attention",
     "save",
     "scale_channels",
+    "scatter_channels",
     "score",
     "select",
     "tempered_sigmoid",

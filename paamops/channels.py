@@ -10,6 +10,7 @@ import torch
 from scipy.sparse import csr_array
 
 from paamops.labels import components
+from paamops.ops.scatter_channels import renumbered
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class ChannelMap:
         axes: name of a parameter or buffer -> for every axis None, or an int64 array with the set of each index (-1 for
             an index that no set covers): the whole instruction for packing.
         read_axes: name of a layer's weight -> its axes that read channels: where `mask` writes zeros.
+        hosts: path of a module whose output `pack` adds into its residual stream by index -> the stream's width.
+        scatters: name of the index of such a module, or of one that the model has already -> the name of its inverse,
+            and this inverse as it is (C,) int64.
         blocks: (S,) int64. Sets of a block lie on the same axes equally often, so what a network costs depends on how
             many sets of each block it keeps, not on which.
     """
@@ -87,6 +91,8 @@ class ChannelMap:
             name: [axis for axis in sorted(axes) if self.axes[name][axis] is not None]
             for name, axes in tracer.read_axes.items()
         }
+        self.hosts = {}
+        self.scatters = {name: (source, tensors[source].cpu()) for name, source in tracer.scatters.items()}
 
     def _pin(self, pins, component, set_of, count):
         reasons = np.full(count, "", object)
@@ -204,7 +210,23 @@ class ChannelMap:
         kept = self._kept(keep)
         sizes = (self._incidence @ kept + self._uncovered)[None]
         filters = int(kept[self.sets.numpy()].sum())
-        return Cost(*(int(column[0]) for column in self.costs(sizes)), filters)
+        params, flops, bytes = (int(column[0]) for column in self.costs(sizes))
+        return Cost(params, flops, bytes - self._idle_bytes(kept.astype(bool)), filters)
+
+    def _idle_bytes(self, kept):
+        """Bytes of the indices that are left out, since every channel of the branch goes where it is."""
+        idle, kept = 0, np.append(kept, True)
+        for index, (source, places) in self.scatters.items():
+            branch, stream = (
+                np.flatnonzero(kept[self.axes[name][0]])
+                if self.axes[name][0] is not None
+                else np.arange(len(self.components[name][0]))
+                for name in (index, source)
+            )
+            now = renumbered(places[torch.from_numpy(stream)], torch.from_numpy(branch))
+            if len(now) == len(branch) and (now == torch.arange(len(now))).all():
+                idle += 2 * 8 * len(now)
+        return idle
 
     def layer_costs(self, keep=None):
         """What each layer's weight costs in the network that `keep` leaves: parameters (L,) and FLOPs (L,), float64."""
@@ -236,6 +258,38 @@ class ChannelMap:
         sets = self.sets.numpy()
         total = np.bincount(sets, weights=scores.detach().cpu().double().numpy(), minlength=len(self.pinned))
         return torch.from_numpy(total / np.bincount(sets, minlength=len(self.pinned)))
+
+    def _targets(self):
+        """(P, 2) int64: a set of a branch that only residual sums read, and the set of its place in a stream, or -1."""
+        read = [self.axes[name][axis] for name, axes in self.read_axes.items() for axis in axes]
+        read = np.unique(np.concatenate(read)) if read else np.empty(0, np.int64)
+        pairs = [np.empty((0, 2), np.int64)]
+        for index, (source, places) in self.scatters.items():
+            branch, stream, places = self.axes[index][0], self.axes[source][0], places.numpy()
+            if branch is not None:
+                used = np.flatnonzero(places >= 0)
+                to = np.full(len(used), -1) if stream is None else stream[used]
+                pairs.append(np.stack([branch[places[used]], to], axis=1))
+        pairs = np.concatenate(pairs)
+        return pairs[(pairs[:, 0] >= 0) & ~np.isin(pairs[:, 0], read)]
+
+    def capped(self, set_scores):
+        """(S,) float64: what only a residual sum reads counts at most as much as its place in the stream, if that can go."""
+        pairs = self._targets()
+        limit = np.full(len(set_scores), -np.inf)
+        free = np.append(~self.pinned.numpy(), False)
+        of_place = np.where(free, np.append(set_scores.numpy(), np.inf), np.inf)[pairs[:, 1]]
+        np.maximum.at(limit, pairs[:, 0], of_place)
+        limit[np.isneginf(limit)] = np.inf
+        return torch.from_numpy(np.minimum(set_scores.numpy(), limit))
+
+    def without_lost(self, keep, guarded):
+        """`keep` less the sets, not `guarded`, of which every filter has lost its place in the stream."""
+        pairs, kept = self._targets(), np.append(keep.numpy(), True)
+        lost = np.zeros(len(keep), bool)
+        lost[pairs[:, 0]] = True
+        lost[pairs[kept[pairs[:, 1]], 0]] = False
+        return keep & ~(torch.from_numpy(lost) & ~guarded)
 
     def guarded(self, set_scores):
         """(S,) bool: the pinned sets, and of every axis that could be emptied the set with the best score."""
@@ -275,6 +329,10 @@ class ChannelMap:
         """The layers whose filters are in the set `s`."""
         names = [self.layers[k].name for k in self.filters[self.sets == s].unique().tolist()]
         return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    def issued(self, components):
+        """bool for every component: whether a layer with filters of its own writes it."""
+        return self._set_of[components] >= 0
 
     def removable(self, components):
         """bool for every component: whether it is a channel set that is free to go."""
@@ -320,6 +378,9 @@ class ChannelMap:
         refused = {}
         for s in self.pinned.nonzero().flatten().tolist():
             refused.setdefault((self.describe(s), self.reasons[s]), []).append(s)
+        if self.scatters:
+            hosts = ", ".join(name.removesuffix(".scatter.index") for name in self.scatters)
+            lines += ["", f"residual branches with channels of their own, added into the stream by index: {hosts}"]
         if self.unused:
             lines += ["", "not used in this forward pass, so left as they are: " + ", ".join(self.unused)]
         if refused:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_map
 
-from paamops import optimizers, plan, tracing
+from paamops import optimizers, plan, scattering, tracing
 from paamops.labels import components
 from paamops.ops.pack_channels import pack_channels
 from paamops.wrapping import unwrapped
@@ -25,7 +25,8 @@ def mask(model, channels, keep):
     """A full-size copy of the model in which every read of a removed channel is zero. This defines what removal means.
 
     In every convolution and linear layer the weight's input slices of the removed channels are set to zero; whatever a
-    removed filter still computes is read by nobody.
+    removed filter still computes is read by nobody. Where a residual sum adds a branch by index, what a removed filter
+    of the branch adds is zero.
 
     Args:
         model: the traced network, or one of the same architecture; it is untouched.
@@ -36,14 +37,18 @@ def mask(model, channels, keep):
         nn.Module
     """
     keep, model = channels.check(keep), unwrapped(model)
-    _check_model(model, channels)
-    twin = _copy(model, {})
+    with scattering.installed(model, channels.hosts):
+        _check_model(model, channels)
+        twin = _copy(model, {})
     tensors = tracing.named_tensors(twin)
     with torch.no_grad():
         for name, axes in channels.read_axes.items():
             for axis in axes:
                 removed = (~_kept(channels.axes[name][axis], keep)).nonzero().flatten()
                 tensors[name].index_fill_(axis, removed.to(tensors[name].device), 0)
+    ids = {name: channels.axes[name][0] for name in channels.scatters}
+    scattering.silence(twin, {name: _kept(each, keep) for name, each in ids.items() if each is not None})
+    scattering.remove_idle(twin)
     return twin
 
 
@@ -90,6 +95,11 @@ def pack(model, channels, keep, optimizer=None):
     if isinstance(model, AveragedModel) and tracing.named_tensors(model).keys() != channels.components.keys():
         small = pack(model.module, channels, keep, optimizer)
         return copy.deepcopy(model, {id(model.module): small})
+    with scattering.installed(model, channels.hosts):
+        return _pack(model, channels, keep, optimizer)
+
+
+def _pack(model, channels, keep, optimizer):
     _check_model(model, channels)
     tensors = tracing.named_tensors(model)
     indices = kept_indices(channels, keep)
@@ -98,7 +108,9 @@ def pack(model, channels, keep, optimizer=None):
     small = _rebuilt(model, tensors, packed)
     for module in small.modules():
         fit_sizes(module)
+    scattering.renumber(small, indices)
     verify(model, small, channels, keep, indices)
+    scattering.remove_idle(small)
     plan.remember(small, model, tensors, indices)
     optimizers.install(optimizers.cut(trainers, tensors, tracing.named_tensors(small), indices))
     return small

@@ -9,6 +9,7 @@ import hashlib
 
 from torch import nn
 
+from paamops import scattering
 from paamops.tracing import named_tensors
 
 ATTRIBUTE = "paamops_plan"
@@ -94,6 +95,8 @@ def kept(model):
 
 def _known(model, tensors):
     """`kept`, and for each of its tensors the shape that it had in the original."""
+    own = scattering.buffers(model)
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in own}
     plan = getattr(model, ATTRIBUTE, None)
     if plan is None:
         full = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

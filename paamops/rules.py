@@ -115,6 +115,23 @@ def matrix_product(tracer, op, args, kwargs, out):
     tracer.issue(out, 1, known.parameter, known.axes, issued, "linear", x.size(0))
 
 
+@rule("paamops::scatter_channels")
+def scatter_channels(tracer, op, args, kwargs, out):
+    """It reads a branch, along its buffer `index`, and issues channels of the stream, along `source` (scattering.py)."""
+    x, index, source = (tracer.labels_of(each) for each in args)
+    if not (index.parameter or "").endswith(".scatter.index") or source.parameter is None:
+        for tensor in tracer.labelled(args, kwargs):
+            tracer.pin_tensor(tensor, f"{op} takes places that no packing put there")
+        return
+    read, places = tracer.read(args[0], 1), tracer.vectors[index.parameter][0]
+    if read is not None:
+        tracer.unite(read, places)
+    else:
+        tracer.pin(places, f"{op} takes the model's input")
+    tracer.scatters[index.parameter] = source.parameter
+    tracer.set(out, Labels((lb.on_vector(tracer.vectors[source.parameter][0], 1, out.shape),)))
+
+
 # Normalisation over each channel apart keeps the channels; over several at once it ties them to each other.
 
 

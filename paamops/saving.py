@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from paamops import models, plan
+from paamops import models, plan, scattering
 from paamops.tracing import leaves
 from paamops.wrapping import unwrapped
 
@@ -62,6 +62,8 @@ def save(model, path):
         "source": plan.fingerprints(model),
         "kept": encoded(plan.kept(model)) if getattr(model, plan.ATTRIBUTE, None) else None,
     }
+    if found := scattering.sizes(model):
+        header["scatters"] = found
     header["digest"] = digest(header, tensors)
     metadata = {"paamops": json.dumps(header, separators=(",", ":"))}  # one entry: several are written in any order
     write(path, safetensors.torch.save(tensors, metadata=metadata))
@@ -148,6 +150,7 @@ def load(path, model=None):
         model = built_by(model)
         if not isinstance(model, nn.Module):
             raise TypeError(f"model built a {type(model).__name__}; it must build a torch.nn.Module")
+    scattering.install_saved(path, model, header.get("scatters", {}), tensors)
     check_names(path, set(named_tensors(model)), {*tensors, *header["ties"]})
     full = {name: tuple(tensor.shape) for name, tensor in named_tensors(model).items()}
     built = plan.fingerprints(model)

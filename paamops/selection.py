@@ -67,7 +67,7 @@ def select(channels, scores, *, filters=None, params=None, flops=None, threshold
     if channels.pinned.all():
         reasons = list(dict.fromkeys(channels.reasons))
         raise ValueError(f"nothing to prune: every channel set is pinned ({'; '.join(reasons[:3])})")
-    means = channels.set_scores(scores)
+    means = channels.capped(channels.set_scores(scores))
     guarded = channels.guarded(means)
     ((name, value),) = asked.items()
     if name == "threshold":
@@ -79,7 +79,7 @@ def select(channels, scores, *, filters=None, params=None, flops=None, threshold
         budget = absolute(name, value, getattr(channels.cost(), name))
         asked = {name: budget}
         keep, reached = _within(channels, means, guarded, name, budget, round_to)
-    keep = _rounded(channels, means, keep, round_to)
+    keep = _rounded(channels, means, keep, round_to) if round_to > 1 else channels.without_lost(keep, guarded)
     return Selection(keep, reached, asked, channels.cost(keep))
 
 

@@ -52,6 +52,7 @@ class Tracer(TorchDispatchMode):
         self.layers, self.calls, self.scalars = {}, [], []
         self.used = set()  # names of the parameters that some op took
         self.read_axes = {}  # weight name -> its axes that read channels
+        self.scatters = {}  # name of an index that a branch goes into its stream by -> that of its inverse
         self.closed = set()  # calls whose output something has read
         self.strides = ()  # sizes and strides of a tensor that is about to get others in place
         self.counts = {}  # how often each op ran
@@ -197,7 +198,7 @@ class Tracer(TorchDispatchMode):
 
 
 @torch.inference_mode(False)  # inside inference mode layers do not come as the ATen ops that the rules know
-def trace(model, example_inputs, pinned=()):
+def trace(model, example_inputs, pinned=(), residual="tie"):
     """Find the channel sets of a network: which filters can be removed, with what, and what each costs.
 
     The model runs once on `example_inputs` in eval mode, without gradients, and is left as it was. Channels stay or go
@@ -211,16 +212,38 @@ def trace(model, example_inputs, pinned=()):
         example_inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs. FLOPs are counted for one
             example: for these inputs, divided by the size of the first tensor's first dimension.
         pinned: names of submodules or parameters, or submodules, whose filters must stay.
+        residual: "tie": channel c of a residual branch goes with channel c of the stream it is added to. "scatter": the
+            last layer of a branch has filters of its own, and `pack` adds those that are left into the stream by index
+            (see `paamops.scattering`). A branch is what layers have just computed and nothing but the sum reads, where
+            a module returns it; other sums stay tied, and so does one branch of a stream that no other layer writes to.
 
     Returns:
         ChannelMap
 
     Raises:
-        ValueError: the forward pass fails on `example_inputs`, no layer with filters runs in it, or `pinned` names
-            nothing in the model.
+        ValueError: the forward pass fails on `example_inputs`, no layer with filters runs in it, `pinned` names nothing
+            in the model, or residual is neither.
         TypeError: `model` is not a module, or TorchScript.
     """
     model = unwrapped(model)
+    if residual not in ("tie", "scatter"):
+        raise ValueError(f"residual is {residual!r}; it must be 'tie' or 'scatter'")
+    if residual == "scatter":
+        from paamops import scattering  # which follows the model with a Tracer of its own
+
+        return scattering.trace(model, example_inputs, pinned)
+    return channel_map(model, example_inputs, pinned)
+
+
+def channel_map(model, example_inputs, pinned):
+    """The ChannelMap of the model as it stands."""
+    tracer, tensors, total = traced(model, example_inputs, pinned, Tracer)
+    batch = next((t.size(0) for t in leaves(example_inputs) if t.dim() > 0), 1)
+    return ChannelMap(tracer, model, tensors, example_inputs, total, max(batch, 1))
+
+
+def traced(model, example_inputs, pinned, make):
+    """The tracer that `make` made and the model ran in, the tensors it followed, and how many labels these have."""
     tensors = named_tensors(model)
     vectors, total = {}, 0
     for name, tensor in tensors.items():
@@ -229,7 +252,7 @@ def trace(model, example_inputs, pinned=()):
             vectors[name].append(torch.arange(total, total + size))
             total += size
     pinned_names = names_of(model, tensors, pinned)
-    tracer = Tracer(tensors, vectors)
+    tracer = make(tensors, vectors)
     try:
         with evaluating(model), requiring_grad(tensors.values()), unfused_attention(model, tracer):
             follow(tracer, model, tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, example_inputs))
@@ -243,8 +266,7 @@ def trace(model, example_inputs, pinned=()):
     for name, layer in tracer.layers.items():
         if name in pinned_names:
             tracer.pin(layer.rows, "named in `pinned`")
-    batch = next((t.size(0) for t in leaves(example_inputs) if t.dim() > 0), 1)
-    return ChannelMap(tracer, model, tensors, example_inputs, total, max(batch, 1))
+    return tracer, tensors, total
 
 
 def follow(tracer, model, inputs):

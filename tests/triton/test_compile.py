@@ -42,6 +42,7 @@ def test_kernels_compile_within_limits(records, target, op):
         "leaky_exponential": {"_activate", "_add_sums", "_activation_gradient"},
         "tempered_sigmoid": {"_activate", "_add_sums", "_activation_gradient"},
         "scale_channels": {"_scale", "_gradients", "_combine_channels"},
+        "scatter_channels": {"_scatter"},
         "vote_ranking": {"_vote"},
         "ranking_loss": {"_walk_back", "_add_tasks", "_ranking_gradients"},
         "channel_attention": {"_squeeze", "_combine_chunks", "_excite"},

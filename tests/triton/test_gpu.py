@@ -14,6 +14,7 @@ from paamops.ops.project_filters import project_filters
 from paamops.ops.registration import build_info
 from paamops.ops.relu_attention import relu_attention
 from paamops.ops.scale_channels import scale_channels
+from paamops.ops.scatter_channels import scatter_channels
 from paamops.ops.tempered_sigmoid import tempered_sigmoid
 from tests.tolerances import accumulator, assert_close
 
@@ -57,6 +58,7 @@ def test_the_kernels_serve():
         assert kernels[op]["cuda"] == kernels[op + "_backward" * (op != "cumulative_threshold")]["cuda"] == "Triton"
     for op in ("filter_attention", "project_filters", "leaky_exponential", "tempered_sigmoid", "scale_channels"):
         assert kernels[op]["cuda"] == kernels[f"{op}_backward"]["cuda"] == "Triton"
+    assert kernels["scatter_channels"]["cuda"] == "Triton"  # its own backward
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -222,3 +224,17 @@ def test_a_tensor_of_more_than_2_to_the_31_elements():
     mean, peak = activation_attention(x, 1, ("mean", "max"))
     assert peak.tolist() == [1, 1, 5]
     assert_close(mean, torch.tensor([1, 1, 1 + 4 / 2**30]), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", FORMATS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scatter_channels(shape, layout, dtype, without_sync):
+    x = FORMATS[layout](torch.randn(shape, device="cuda").to(dtype)).detach().requires_grad_()
+    index = torch.randperm(2 * x.shape[1], device="cuda")[: x.shape[1]]
+    y = without_sync(scatter_channels, x, index, 2 * x.shape[1])
+    assert torch.equal(y[:, index], x)
+    assert (y != 0).sum() == (x != 0).sum()
+    grad = torch.randn_like(y)
+    (of_x,) = torch.autograd.grad(y, x, grad)
+    assert torch.equal(of_x, grad[:, index])
