@@ -349,7 +349,11 @@ class ViTBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.qkv, self.project, self.mlp = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels), mlp(channels)
+        self.qkv, self.project, self.mlp = (
+            nn.Linear(channels, 3 * channels),
+            nn.Linear(channels, channels),
+            mlp(channels),
+        )
 
     def forward(self, x):
         n, tokens, channels = x.shape
@@ -380,7 +384,11 @@ class SwinBlock(nn.Module):
         super().__init__()
         self.heads, self.window, self.shift = heads, window, shift
         self.norm1, self.norm2 = nn.LayerNorm(channels), nn.LayerNorm(channels)
-        self.qkv, self.project, self.mlp = nn.Linear(channels, 3 * channels), nn.Linear(channels, channels), mlp(channels)
+        self.qkv, self.project, self.mlp = (
+            nn.Linear(channels, 3 * channels),
+            nn.Linear(channels, channels),
+            mlp(channels),
+        )
         self.bias = nn.Parameter(torch.randn((2 * window - 1) ** 2, heads))
         y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
         y, x = (v.flatten()[:, None] - v.flatten()[None] + window - 1 for v in (y, x))
