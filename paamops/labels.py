@@ -6,6 +6,7 @@ axis of one parameter or buffer; FIXED marks what is no channel (a constant, the
 activation carries one field, a parameter one for each of its axes.
 """
 
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +27,33 @@ class Labels:
     pending: tuple = ()  # pairs: a call of a layer whose filters it carries, and where these appeared last
 
 
+class ByTensor:
+    """A value for each of some tensors, by identity, for as long as the tensor lives."""
+
+    def __init__(self):
+        self.held = {}
+
+    def __setitem__(self, tensor, value):
+        key, held = id(tensor), self.held
+        entry = held.get(key)
+        reference = entry[0] if entry else weakref.ref(tensor, lambda _: held.pop(key, None))
+        held[key] = reference, value
+
+    def __contains__(self, tensor):
+        return id(tensor) in self.held
+
+    def __getitem__(self, tensor):
+        return self.held[id(tensor)][1]
+
+    def get(self, tensor, default):
+        entry = self.held.get(id(tensor))
+        return entry[1] if entry else default
+
+    def pop(self, tensor, default):
+        entry = self.held.pop(id(tensor), None)
+        return entry[1] if entry else default
+
+
 def of_parameter(name, vectors, shape):
     """The labels of a parameter whose axis d has the labels `vectors[d]`.
 
@@ -41,15 +69,18 @@ def varies(field, dim):
 
 def varying(field):
     """The dimensions along which the label changes."""
-    return tuple(d for d in range(field.dim()) if varies(field, d))
+    sizes = zip(field.shape, field.stride(), strict=True)
+    return tuple([d for d, (size, stride) in enumerate(sizes) if size > 1 and stride != 0])
 
 
 def core(field, keep=()):
     """The field with every dimension along which it does not change cut to size 1, but for those in `keep`."""
-    for d in range(field.dim()):
-        if d not in keep and field.size(d) > 1 and field.stride(d) == 0:
-            field = field.narrow(d, 0, 1)
-    return field
+    shape, strides = field.shape, field.stride()
+    cut = [
+        1 if stride == 0 and size > 1 and d not in keep else size
+        for d, (size, stride) in enumerate(zip(shape, strides, strict=True))
+    ]
+    return field.as_strided(cut, strides) if cut != list(shape) else field
 
 
 def settle(field):

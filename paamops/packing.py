@@ -8,9 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_map
 
-from paamops import optimizers, plan, scattering, tracing
+from paamops import hollow, optimizers, plan, scattering, tracing
 from paamops.labels import components
 from paamops.ops.pack_channels import pack_channels
 from paamops.wrapping import unwrapped
@@ -275,13 +274,9 @@ def _advice(layers):
 
 
 def _meta_run(model, channels, indices):
-    tensors = tracing.named_tensors(model)
-    meta = {
-        name: torch.empty_like(t, device="meta").requires_grad_(isinstance(t, nn.Parameter) and t.is_floating_point())
-        for name, t in tensors.items()
-    }
-    inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, channels.example_inputs)
-    return _run(lambda *a, **k: torch.func.functional_call(model, meta, a, k), model, meta, channels, indices, inputs)
+    meta = hollow.emptied(tracing.named_tensors(model))
+    with hollow.calling(model, meta, channels.example_inputs) as (call, inputs):
+        return _run(call, model, meta, channels, indices, inputs)
 
 
 def _real_run(model, channels, indices):

@@ -184,9 +184,9 @@ def trace(model, example_inputs, pinned):
 def _find(model, example_inputs, pinned):
     finder, hooks = None, []
 
-    def make(*args):
+    def make(*args, **settings):
         nonlocal finder
-        finder = _Sums(*args)
+        finder = _Sums(*args, **settings)
         for path, module in model.named_modules():
             if path:
                 hooks.append(module.register_forward_hook(functools.partial(finder.returned, path)))
@@ -223,8 +223,8 @@ class _Seen:
 class _Sums(tracing.Tracer):
     """A tracer that also finds the residual sums, and the modules that return their branches."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
         self.seen, self.sums, self.times = WeakTensorKeyDictionary(), [], {}
 
     def look(self, tensor):

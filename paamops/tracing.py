@@ -6,13 +6,13 @@ No list of layer types and no second-guessing of the model's code: labels flow t
 
 import contextlib
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
+from paamops import hollow, rules
 from paamops import labels as lb
-from paamops import rules
 from paamops.channels import ChannelMap, Layer
 from paamops.flops import other_flops
 from paamops.labels import FIXED, Labels
@@ -39,13 +39,15 @@ class Tracer(TorchDispatchMode):
     labels that are one, with the op that said so), `pins` (arrays of labels that stay, with the reason), `layers`
     (weight name -> Layer), `calls` (one for every call of a layer) and `scalars` (the numbers that pointwise ops were
     given). In a dimension of size 1, one channel and one that is broadcast look alike: `weak` and `weak_pins`.
+    Where the run is `without_values`, it stops at the first op that needs some: `refused`.
     """
 
-    def __init__(self, tensors, vectors, depthwise=None):
+    def __init__(self, tensors, vectors, depthwise=None, without_values=False):
         super().__init__()
+        self.without_values, self.refused = without_values, False
         self.vectors = vectors
         self.depthwise = depthwise  # weights of depthwise convolutions where they are known: shapes do not always tell
-        self.known = WeakTensorKeyDictionary()
+        self.known = lb.ByTensor()
         for name, tensor in tensors.items():
             self.known[tensor] = lb.of_parameter(name, vectors[name], tensor.shape)
         self.edges, self.weak, self.pins, self.weak_pins = [], [], [], []
@@ -67,7 +69,10 @@ class Tracer(TorchDispatchMode):
         self.op, self.inputs = op, self.tensors(args, kwargs)
         if op is torch.ops.aten.as_strided_.default:
             self.strides = list(zip(args[0].shape, args[0].stride(), strict=True))  # as they were
-        out = op(*args, **kwargs)
+        if self.without_values and not hollow.same_on_the_cpu(op, self.inputs):
+            self.refused = True
+            raise RuntimeError(f"{op} may run otherwise on the CPU")
+        out = hollow.result(op, self.inputs, args, kwargs)
         self.counts[op] = self.counts.get(op, 0) + 1
         labelled = [self.known[t] for t in self.inputs if t in self.known]
         self.used.update(each.parameter for each in labelled if each.parameter)
@@ -176,16 +181,19 @@ class Tracer(TorchDispatchMode):
 
     def unite(self, a, b, weak=False):
         """What stands at the same place of both is one channel; what meets FIXED must stay."""
-        a, b = torch.broadcast_tensors(a, b)
+        if a.shape != b.shape:
+            a, b = torch.broadcast_tensors(a, b)
         for d in range(a.dim()):
             if a.size(d) > 1 and a.stride(d) == 0 and b.stride(d) == 0:
                 a, b = a.narrow(d, 0, 1), b.narrow(d, 0, 1)
-        a, b = a.reshape(-1), b.reshape(-1)
+        a, b = a.reshape(-1).numpy(), b.reshape(-1).numpy()
         fixed = (a == FIXED) | (b == FIXED)
         if fixed.any():
-            self.pin(torch.cat([a[fixed], b[fixed]]), f"{self.op} meets them with constant channels")
+            self.pin(
+                torch.from_numpy(np.concatenate([a[fixed], b[fixed]])), f"{self.op} meets them with constant channels"
+            )
             a, b = a[~fixed], b[~fixed]
-        (self.weak if weak else self.edges).append((a.numpy(), b.numpy(), str(self.op)))
+        (self.weak if weak else self.edges).append((a, b, str(self.op)))
 
     def pin(self, labels, reason, weak=False):
         labels = labels.reshape(-1)
@@ -201,7 +209,8 @@ class Tracer(TorchDispatchMode):
 def trace(model, example_inputs, pinned=(), residual="tie"):
     """Find the channel sets of a network: which filters can be removed, with what, and what each costs.
 
-    The model runs once on `example_inputs` in eval mode, without gradients, and is left as it was. Channels stay or go
+    The model runs once on `example_inputs` in eval mode, without gradients, and is left as it was; where all its ops
+    are usual ones of a convolutional network, it runs on the meta device, without arithmetic. Channels stay or go
     together where a pointwise op, a residual sum or a depthwise convolution makes them meet; they are pinned (never
     removed) where the model's outputs, an op that mixes them or one the trace does not know depends on their number.
     `ChannelMap.explain()` lists all of it.
@@ -252,10 +261,9 @@ def traced(model, example_inputs, pinned, make):
             vectors[name].append(torch.arange(total, total + size))
             total += size
     pinned_names = names_of(model, tensors, pinned)
-    tracer = make(tensors, vectors)
     try:
-        with evaluating(model), requiring_grad(tensors.values()), unfused_attention(model, tracer):
-            follow(tracer, model, tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, example_inputs))
+        run = (model, tensors, vectors, example_inputs, make)
+        tracer = run_without_values(*run) or run_with_values(*run)
     except ForwardError as error:
         raise ValueError(f"the forward pass of model fails on example_inputs, in {error.op}: {error}") from error
     for number, call in enumerate(tracer.calls):
@@ -267,6 +275,28 @@ def traced(model, example_inputs, pinned, make):
         if name in pinned_names:
             tracer.pin(layer.rows, "named in `pinned`")
     return tracer, tensors, total
+
+
+def run_with_values(model, tensors, vectors, inputs, make):
+    """The tracer that has followed the model's own forward pass."""
+    tracer = make(tensors, vectors)
+    with evaluating(model), requiring_grad(tensors.values()), unfused_attention(model, tracer):
+        follow(tracer, model, tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, inputs))
+    return tracer
+
+
+def run_without_values(model, tensors, vectors, inputs, make):
+    """As `run_with_values`, on the meta device: no arithmetic is done. None where that might not show the same ops."""
+    if not hollow.can_stand_for(model, tensors.values(), inputs):
+        return None
+    meta = hollow.emptied(tensors)
+    tracer = make(meta, vectors, without_values=True)
+    try:
+        with evaluating(model), unfused_attention(model, tracer), hollow.calling(model, meta, inputs) as (call, shapes):
+            follow(tracer, call, shapes)
+    except ForwardError:  # what it is, the run with values says
+        return None
+    return None if tracer.refused else tracer
 
 
 def follow(tracer, model, inputs):
@@ -343,7 +373,8 @@ def evaluating(model):
         yield
     finally:
         for module, training in modes:
-            module.training = training
+            if module.training != training:
+                module.training = training
         with torch.no_grad():
             for buffer, version, before in buffers:
                 if buffer._version != version:
