@@ -48,21 +48,22 @@ struct Plan {
   }
 };
 
-inline Plan make_plan(const Tensor& x) {
+// The axes are (N, C, *spatial).
+inline Plan make_plan(const std::vector<Axis>& axes) {
   Plan plan{};
-  const auto sizes = x.sizes(), strides = x.strides();
   std::vector<Axis> space;
   plan.repeat = plan.pixels = 1;
   plan.row_major = true;
-  for (int64_t d = 2; d < x.dim(); ++d) {
-    if (sizes[d] == 1) continue;
-    if (strides[d] == 0) {
-      plan.repeat *= sizes[d];
+  for (size_t d = 2; d < axes.size(); ++d) {
+    const auto [size, stride] = axes[d];
+    if (size == 1) continue;
+    if (stride == 0) {
+      plan.repeat *= size;
       continue;
     }
-    plan.row_major &= space.empty() || space.back().stride >= strides[d];
-    space.push_back({sizes[d], strides[d]});
-    plan.pixels *= sizes[d];
+    plan.row_major &= space.empty() || space.back().stride >= stride;
+    space.push_back({size, stride});
+    plan.pixels *= size;
   }
   std::stable_sort(space.begin(), space.end(), [](Axis a, Axis b) { return a.stride > b.stride; });
   plan.run = {1, 1};
@@ -76,10 +77,10 @@ inline Plan make_plan(const Tensor& x) {
       plan.run = axis;
     }
   }
-  plan.lane = {sizes[1], strides[1]};
-  plan.other = {sizes[0], strides[0]};
+  plan.lane = axes[1];
+  plan.other = axes[0];
   plan.lane_out = 1;
-  plan.other_out = sizes[1];
+  plan.other_out = axes[1].size;
   const auto innermost = [&](Axis axis) {
     return axis.size > 1 && axis.stride > 0 && (plan.pixels == 1 || axis.stride < plan.run.stride);
   };
@@ -98,6 +99,12 @@ inline Plan make_plan(const Tensor& x) {
   plan.chunk = plan.lanes ? std::max(plan.merge, kChunk / plan.tile / plan.merge * plan.merge) : kChunk;
   plan.chunks = std::max<int64_t>(1, (plan.pixels + plan.chunk - 1) / plan.chunk);
   return plan;
+}
+
+inline Plan make_plan(const Tensor& x) {
+  std::vector<Axis> axes;
+  for (int64_t d = 0; d < x.dim(); ++d) axes.push_back({x.size(d), x.stride(d)});
+  return make_plan(axes);
 }
 
 // Whether both are laid out alike, so that one offset serves both.
