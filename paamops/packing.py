@@ -109,9 +109,10 @@ def _pack(model, channels, keep, optimizer):
         fit_sizes(module)
     scattering.renumber(small, indices)
     verify(model, small, channels, keep, indices)
-    scattering.remove_idle(small)
     plan.remember(small, model, tensors, indices)
-    optimizers.install(optimizers.cut(trainers, tensors, tracing.named_tensors(small), indices))
+    trainers = optimizers.cut(trainers, tensors, tracing.named_tensors(small), indices)
+    scattering.remove_idle(small)
+    optimizers.install(trainers)
     return small
 
 
