@@ -736,7 +736,7 @@ def parameter(*shape):
 KEEP_SIZE = {
     plain: 3, grouped: 2, depthwise: 2, linear_last: 1, chunk: 2, uneven_chunk: 1, split_sizes: 1, glu: 1, shuffle: 2,
     mixed_places: 1, excitation: 2, channel_convolution: 0.5, product: 1.5, spatial_gate: 1, repeated: 1, shared: 1.5,
-    parametrised: 2, standardised: 0.5, attention: 2, padded_shortcut: 0.5,
+    parametrised: 3, standardised: 0.5, attention: 2, padded_shortcut: 0.5,
 }  # fmt: skip
 COMPOSITE = {residual: 4, stream: 1.5, concatenation: 2, dense: 1, nested: 1, repeated_block: 1}
 CHANGE_SIZE = {strided: 1, transposed: 4, pool: 2, upsample: 1.5, pad: 1, crop: 1}
