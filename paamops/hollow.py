@@ -8,6 +8,7 @@ choose their kernels by device, and run for real.
 
 import contextlib
 import copy
+import functools
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
@@ -31,8 +32,8 @@ SAME_PATH = {
     "view", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat",
     "pixel_shuffle", "pixel_unshuffle", "slice", "select", "split", "split_with_sizes", "unbind", "cat", "stack",
     "constant_pad_nd", "detach", "alias", "clone",
-    # memory for running statistics that are not there
-    "empty",
+    # made anew
+    "empty", "zeros", "ones", "full", "arange", "linspace", "zeros_like", "ones_like", "new_zeros", "new_ones",
 }  # fmt: skip
 
 
@@ -127,7 +128,12 @@ def result(op, inputs, args, kwargs):
 
 def same_on_the_cpu(op, inputs):
     """Whether a run on the meta device that has come to this op is still the one that the CPU would do."""
-    return op._schema.name.removeprefix("aten::") in SAME_PATH and all(tensor.is_meta for tensor in inputs)
+    return takes_the_same_path(op) and all(tensor.is_meta for tensor in inputs)
+
+
+@functools.cache
+def takes_the_same_path(op):
+    return op._schema.name.removeprefix("aten::") in SAME_PATH
 
 
 def can_stand_for(model, tensors, inputs):
@@ -151,8 +157,8 @@ def emptied(tensors):
 
 
 @contextlib.contextmanager
-def calling(model, meta, inputs):
-    """(function, inputs): the forward pass with the tensors `meta`, name -> tensor, and the inputs as shapes.
+def calling(model, tensors, inputs):
+    """(model, inputs) without values: the model holds the tensors of `tensors`, name -> tensor, and inputs are shapes.
 
     Whatever the forward pass keeps in its modules' attributes, or in lists, dicts and sets there, is put back: it holds
     no values.
@@ -160,10 +166,15 @@ def calling(model, meta, inputs):
     inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, inputs)
     spaces = [vars(module) for module in model.modules()]
     before = [dict(space) for space in spaces]
-    held = [value for space in spaces for value in space.values() if type(value) in (dict, list, set)]
-    inside = [copy.copy(value) for value in held]
+    held = [value for space in spaces for value in space.values() if isinstance(value, (dict, list, set))]
+    inside = [copy.copy(value) if value else () for value in held]
+    names = [*model.named_parameters(), *model.named_buffers()]
+    instead = {id(tensor): tensors[name] for name, tensor in names}
     try:
-        yield lambda *args, **kwargs: torch.func.functional_call(model, meta, args, kwargs), inputs
+        for space in spaces:
+            for place in (space["_parameters"], space["_buffers"]):
+                place.update((name, instead[id(tensor)]) for name, tensor in place.items() if tensor is not None)
+        yield model, inputs
     finally:
         for space, old in zip(spaces, before, strict=True):
             if space.keys() != old.keys() or any(space[name] is not value for name, value in old.items()):
@@ -174,8 +185,10 @@ def calling(model, meta, inputs):
 
 
 def restore(value, old):
-    """The container `value` holds again what its copy `old` does."""
-    if isinstance(value, dict):
+    """The container `value` holds again what its copy `old` does, or nothing."""
+    if not old:
+        same = not value
+    elif isinstance(value, dict):
         same = value.keys() == old.keys() and all(value[key] is each for key, each in old.items())
     elif isinstance(value, list):
         same = len(value) == len(old) and all(a is b for a, b in zip(value, old, strict=True))
@@ -184,4 +197,5 @@ def restore(value, old):
     if same:
         return
     value.clear()
-    value.extend(old) if isinstance(value, list) else value.update(old)
+    if old:
+        value.extend(old) if isinstance(value, list) else value.update(old)

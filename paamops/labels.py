@@ -6,6 +6,7 @@ axis of one parameter or buffer; FIXED marks what is no channel (a constant, the
 activation carries one field, a parameter one for each of its axes.
 """
 
+import functools
 import weakref
 from dataclasses import dataclass
 
@@ -54,13 +55,22 @@ class ByTensor:
         return entry[1] if entry else default
 
 
-def of_parameter(name, vectors, shape):
+class OfParameter(Labels):
     """The labels of a parameter whose axis d has the labels `vectors[d]`.
 
-    An axis of size 1 of several is there to be broadcast, and bears none.
+    An axis of size 1 of several is there to be broadcast, and bears none. Most parameters are read by layers, which
+    look at the vectors: the fields are made when they are asked for.
     """
-    fields = (on_vector(v, d, shape) for d, v in enumerate(vectors) if shape[d] > 1 or len(shape) == 1)
-    return Labels(tuple(fields), name, tuple(range(len(shape))))
+
+    def __init__(self, name, vectors, shape):
+        super().__init__(None, name, tuple(range(len(shape))))
+        vars(self).update(vectors=vectors, shape=shape)
+        del vars(self)["fields"]
+
+    @functools.cached_property
+    def fields(self):
+        pairs = enumerate(zip(self.vectors, self.shape, strict=True))
+        return tuple(on_vector(v, d, self.shape) for d, (v, size) in pairs if size > 1 or len(self.shape) == 1)
 
 
 def varies(field, dim):

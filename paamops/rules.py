@@ -4,6 +4,8 @@ A rule is `rule(tracer, op, args, kwargs, out)`; it is called after the op ran a
 labels are one (`tracer.unite`), and which channels must stay (`tracer.pin`).
 """
 
+import functools
+
 import torch
 
 from paamops import labels as lb
@@ -20,6 +22,7 @@ def rule(*names):
     return register
 
 
+@functools.cache
 def find(op):
     """The rule for an ATen overload, or the one that pins."""
     name = op._schema.name.removeprefix("aten::")

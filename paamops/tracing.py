@@ -49,7 +49,7 @@ class Tracer(TorchDispatchMode):
         self.depthwise = depthwise  # weights of depthwise convolutions where they are known: shapes do not always tell
         self.known = lb.ByTensor()
         for name, tensor in tensors.items():
-            self.known[tensor] = lb.of_parameter(name, vectors[name], tensor.shape)
+            self.known[tensor] = lb.OfParameter(name, vectors[name], tensor.shape)
         self.edges, self.weak, self.pins, self.weak_pins = [], [], [], []
         self.layers, self.calls, self.scalars = {}, [], []
         self.used = set()  # names of the parameters that some op took
@@ -146,6 +146,8 @@ class Tracer(TorchDispatchMode):
 
     def along(self, field, dim):
         """The labels along `dim`; those that share an index, since the field changes elsewhere too, are united."""
+        if lb.varying(field) == (dim,):
+            return field.as_strided((field.size(dim),), (field.stride(dim),))
         rows = lb.core(field, keep=(dim,)).movedim(dim, -1).reshape(-1, field.size(dim))
         if len(rows) > 1:
             self.unite(rows[1:], rows[:1].expand(len(rows) - 1, -1))
@@ -193,7 +195,7 @@ class Tracer(TorchDispatchMode):
                 torch.from_numpy(np.concatenate([a[fixed], b[fixed]])), f"{self.op} meets them with constant channels"
             )
             a, b = a[~fixed], b[~fixed]
-        (self.weak if weak else self.edges).append((a, b, str(self.op)))
+        (self.weak if weak else self.edges).append((a, b, self.op))
 
     def pin(self, labels, reason, weak=False):
         labels = labels.reshape(-1)

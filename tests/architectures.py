@@ -1,7 +1,7 @@
 """Whole architectures that nobody tuned the trace for, in plain PyTorch: the published layers, random weights.
 
-`build(name)` returns a network of `ARCHITECTURES` in eval mode, calibrated so that no channel is trivial, and inputs for
-it. Blocks and widths are those of the papers; where an implementation has choices, torchvision's or timm's.
+`build(name)` returns a network of `ARCHITECTURES` in eval mode, calibrated so that no channel is trivial, and inputs
+for it. Blocks and widths are those of the papers; where an implementation has choices, torchvision's or timm's.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Whole architectures: what is packed computes what its masked twin does, costs what the trace says, and much is free."""
+"""Whole architectures: what is packed computes what its masked twin does, costs what the trace says, much is free."""
 
 import contextlib
 
