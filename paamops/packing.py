@@ -108,7 +108,8 @@ def _pack(model, channels, keep, optimizer):
     for module in small.modules():
         fit_sizes(module)
     scattering.renumber(small, indices)
-    verify(model, small, channels, keep, indices)
+    with _fitting_bare_norms(small):
+        verify(model, small, channels, keep, indices)
     plan.remember(small, model, tensors, indices)
     trainers = optimizers.cut(trainers, tensors, tracing.named_tensors(small), indices)
     scattering.remove_idle(small)
@@ -195,6 +196,29 @@ def fit_sizes(module):
         module.num_groups = module.num_channels = len(weight)
     elif isinstance(module, nn.PReLU):
         module.num_parameters = len(weight)
+
+
+@contextlib.contextmanager
+def _fitting_bare_norms(model):
+    """A norm without a tensor holds a number of channels too: while the model runs, it becomes that of what it is given."""
+
+    def fit(module, args):
+        x = args[0]
+        if isinstance(module, nn.GroupNorm):
+            if module.num_groups == module.num_channels:
+                module.num_groups = module.num_channels = x.size(1)
+        else:
+            module.num_features = x.size(x.dim() - module._get_no_batch_dim())
+
+    kinds = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
+    norms = [module for module in model.modules() if isinstance(module, kinds)]
+    bare = [norm for norm in norms if not [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]]
+    hooks = [module.register_forward_pre_hook(fit) for module in bare]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def verify(original, small, channels, keep, indices):

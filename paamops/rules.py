@@ -135,6 +135,14 @@ def scatter_channels(tracer, op, args, kwargs, out):
     tracer.set(out, Labels((lb.on_vector(tracer.vectors[source.parameter][0], 1, out.shape),)))
 
 
+@rule("bmm", "baddbmm", "mv", "dot", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
+@rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
+@rule("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math")
+def product_of_activations(tracer, op, args, kwargs, out):
+    for tensor in tracer.labelled(args, kwargs):
+        tracer.pin_tensor(tensor, f"{op} multiplies activations with each other")
+
+
 # Normalisation over each channel apart keeps the channels; over several at once it ties them to each other.
 
 
@@ -273,7 +281,7 @@ def along_a_dimension(tracer, op, args, kwargs, out):
     position = 2 if op._schema.name == "aten::topk" else 1
     dim = args[position] if len(args) > position else kwargs.get("dim", -1)
     if not isinstance(dim, int) or any(lb.varies(field, dim % x.dim()) for field in tracer.labels_of(x).fields):
-        unknown(tracer, op, args, kwargs, out)
+        tracer.pin_tensor(x, f"{op} mixes them")
         return
     for each in out if isinstance(out, (tuple, list)) else (out,):
         fields = [lb.resized(field, each.shape) for field in tracer.labels_of(x).fields]

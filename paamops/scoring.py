@@ -113,6 +113,16 @@ class _Listener(TorchDispatchMode):
         for number, (op, k, dim) in enumerate(attention.channels.places):
             self.places.setdefault(op, {})[k] = (number, dim)
         self.counts = dict.fromkeys(self.places, 0)
+        self.fused = []  # whether transformer layers ran as one op before
+
+    def __enter__(self):
+        self.fused.append(torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)  # as in the trace
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.backends.mha.set_fastpath_enabled(self.fused.pop())
+        return super().__exit__(*error)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         if op in tracing.IN_ATEN:

@@ -56,7 +56,7 @@ def norm(draw, c, dims):
         affine, track = draw.chance(0.5), draw.chance(0.5)
         return Block("instance norm", sequence, a=getattr(nn, f"InstanceNorm{dims}d")(c, 1e-3, 0.1, affine, track))
     if kind == "group of one":
-        return Block("group norm of each channel", sequence, a=nn.GroupNorm(c, c, 1e-3))
+        return Block("group norm of each channel", sequence, a=nn.GroupNorm(c, c, 1e-3, draw.chance(0.6)))
     if kind == "group":
         return Block("group norm", sequence, a=nn.GroupNorm(draw.pick(1, divisor(draw, c)), c, 1e-3))
     normalise = nn.LayerNorm(c, 1e-3) if kind == "layer" else nn.RMSNorm(c, 1e-3)

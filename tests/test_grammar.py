@@ -74,9 +74,10 @@ def check_flops(model, inputs, channels):
     assert channels.cost().flops == counter.get_total_flops() // len(inputs[0])
 
 
-def check_select(channels, name, share):
+def check_select(model, inputs, channels, name, share):
     """Within the budget, or told the smallest network there is, which can be had."""
-    scores = torch.rand(len(channels.sets))
+    scores = paamops.score(model, channels, inputs)
+    assert (scores >= 0).all()
     try:
         selection = paamops.select(channels, scores, **{name: share})
     except ValueError as error:
@@ -124,7 +125,7 @@ def check_network(number, written=False):
             return
         share = [0.0, 0.3, 0.7, 0.9][number // 2 % 4]
         name, budget = ["params", "flops", "filters"][number % 3], float(torch.rand(()) * 0.7 + 0.2)
-        by_score = check_select(channels, name, budget)
+        by_score = check_select(model, inputs, channels, name, budget)
         keep = by_score if number % 2 else random_keep(channels, share)
         try:
             small, again = check_cut(model, inputs, channels, keep)
