@@ -273,6 +273,13 @@ class ByRow(torch.optim.SGD):
             self.state[p]["row"] = p.mean(-1)
 
 
+class Doubled(torch.optim.SGD):
+    def step(self):
+        super().step()
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["two"] = torch.cat([p.detach(), p.detach()])
+
+
 class Unknown(torch.optim.SGD):
     def step(self):
         super().step()
@@ -309,6 +316,7 @@ REFUSED = {
         r" torch.strided of shape \(8, 8\); it can be cut only if",
     ),
     "means of rows": (lambda m: ByRow(m.parameters(), 0.1), r"the state \['row'\], torch.strided of shape \(8, 3, 3\)"),
+    "of another size": (lambda m: Doubled(m.parameters(), 0.1), r"\['two'\], torch.strided of shape \(16, 3, 3, 3\)"),
     "objects": (lambda m: Unknown(m.parameters(), 0.1), r"the state \['object'\], a object"),
     "one for all": (lambda m: Lbfgs(m.parameters()), "optimizer is an LBFGS with a state of all parameters in one"),
     "around another": (
@@ -334,7 +342,7 @@ def test_what_cannot_be_cut_is_refused_and_nothing_changes(case):
     keep = channels.guarded(channels.set_scores(torch.rand(len(channels.sets))))
     with unchanged(model, good, optimizer), pytest.raises(ValueError, match=message):
         paamops.pack(model, channels, keep, [good, optimizer])
-    if case not in ("of another network", "around another", "lists of its own", "one for all"):
+    if case in ("preconditioners", "means of rows", "of another size", "objects"):
         paamops.pack(model, channels, torch.ones_like(keep), optimizer)  # nothing of it has to be cut
 
 
