@@ -274,7 +274,7 @@ class ChannelMap:
         return pairs[(pairs[:, 0] >= 0) & ~np.isin(pairs[:, 0], read)]
 
     def capped(self, set_scores):
-        """(S,) float64: what only a residual sum reads counts at most as much as its place in the stream, if that can go."""
+        """(S,) float64: what only a residual sum reads counts at most as much as its place in the stream, if free."""
         pairs = self._targets()
         limit = np.full(len(set_scores), -np.inf)
         free = np.append(~self.pinned.numpy(), False)

@@ -120,8 +120,8 @@ def matrix_product(tracer, op, args, kwargs, out):
 
 @rule("paamops::scatter_channels")
 def scatter_channels(tracer, op, args, kwargs, out):
-    """It reads a branch, along its buffer `index`, and issues channels of the stream, along `source` (scattering.py)."""
-    x, index, source = (tracer.labels_of(each) for each in args)
+    """It reads a branch, along the buffer `index`, and issues channels of a stream, along `source` (scattering.py)."""
+    index, source = (tracer.labels_of(each) for each in args[1:])
     if not (index.parameter or "").endswith(".scatter.index") or source.parameter is None:
         for tensor in tracer.labelled(args, kwargs):
             tracer.pin_tensor(tensor, f"{op} takes places that no packing put there")

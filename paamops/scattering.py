@@ -14,8 +14,8 @@ fuses it away (see `Scatter.forward`). A tensor that waits for its sum could spa
 that meets such a tensor must be one that knows it.
 
 In the trace the op reads the branch's labels and issues those of the stream's side: the buffer `index` lies along the
-one, `source` along the other, so packing gathers them like all other tensors, and then only their values are renumbered.
-A traced model has no hosts of its own yet: they are put in place while it is traced and packed, and taken out again.
+one, `source` along the other, so packing gathers them like all other tensors, and then renumbers their values. A traced
+model has no hosts of its own yet: they are put in place while it is traced and packed, and taken out again.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ class Scatter(nn.Module):
         if torch.compiler.is_compiling():
             fused = torch.compiler.is_exporting() or not (torch.is_grad_enabled() and x.requires_grad)
         else:
-            fused = torch.onnx.is_in_onnx_export()
+            fused = torch.jit.is_tracing()
         return plain(x, self.source) if fused else scatter_channels_op(x, self.index, self.source)
 
     def extra_repr(self):
@@ -296,4 +296,3 @@ def _is_sum(op, args, kwargs):
     if op not in (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor) or kwargs.get("alpha", 1) != 1:
         return False
     return all(isinstance(t, torch.Tensor) for t in args[:2]) and args[0].shape == args[1].shape
-

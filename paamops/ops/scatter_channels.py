@@ -12,12 +12,13 @@ def scatter_channels(x, index, width):
 
     A branch of which k of C channels are left is so added into a residual stream of C channels.
 
-    x: (N, k, *spatial), float16 to float64, any strides. index: (k,) int64 on the device of x, each value a channel of y
-    that no other one names, in [0, width), or -1 for a channel that goes nowhere. width: C, an int. y: (N, C, *spatial)
-    in the dtype of x, channels_last where the channels of x are adjacent, else contiguous; each element is read once and
-    written once, nothing is rounded. Differentiable any number of times: ∂x[n, j] = ∂y[n, index[j]], or zero for -1.
+    x: (N, k, *spatial), float16 to float64, any strides. index: (k,) int64 on the device of x, each value a channel of
+    y that no other one names, in [0, width), or -1 for a channel that goes nowhere. width: C, an int. y:
+    (N, C, *spatial) in the dtype of x, channels_last where the channels of x are adjacent, else contiguous; what is
+    kept is read once, y is written once, nothing is rounded. Differentiable any number of times: ∂x[n, j] =
+    ∂y[n, index[j]], or zero for -1.
     TypeError: x is not a floating tensor, index is not int64, width is not an int. ValueError: x has fewer than two
-    dimensions, index has another shape, is on another device, or (on a CPU, where looking costs nothing) has a value out
+    dimensions, index has another shape, is on another device, or (on a CPU, where looking costs little) has a value out
     of range or twice.
     """
     _check_arguments(x, index, width)
@@ -32,7 +33,7 @@ def inverse(index, width):
 
 
 def renumbered(source, kept):
-    """`source` (C,) of channels of which `kept`, rising int64 or None for all, are left, as it speaks of these alone."""
+    """`source` (C,) as it speaks of the channels `kept` alone: rising int64, or None for all."""
     if kept is None:
         return source
     place = torch.searchsorted(kept, source).clamp(max=len(kept) - 1)
@@ -50,7 +51,7 @@ def _check_arguments(x, index, width):
     if index.dtype != torch.int64:
         raise TypeError(f"index has dtype {index.dtype}; it must be int64")
     if index.shape != (x.shape[1],):
-        raise ValueError(f"index has shape {tuple(index.shape)}; it must name a place per channel of x, ({x.shape[1]},)")
+        raise ValueError(f"index has shape {tuple(index.shape)}; it must be ({x.shape[1]},), a place per channel of x")
     if index.device != x.device:
         raise ValueError(f"index is on {index.device}; it must be on the device of x, {x.device}")
     if isinstance(width, bool) or not isinstance(width, int):
@@ -60,7 +61,8 @@ def _check_arguments(x, index, width):
     if index.device.type == "cpu":
         places = index[index >= 0]
         if ((index < -1) | (index >= width)).any():
-            raise ValueError(f"index has values from {int(index.min())} to {int(index.max())}; they must be -1 to {width - 1}")
+            found = f"{int(index.min())} to {int(index.max())}"
+            raise ValueError(f"index has values from {found}; they must be -1 to {width - 1}")
         if len(places.unique()) < len(places):
             raise ValueError("index names a channel twice; each channel of y has one source")
 
