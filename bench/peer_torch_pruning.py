@@ -254,7 +254,7 @@ def main(arguments=None):
     try:
         version = importlib.metadata.version("torch-pruning")
     except importlib.metadata.PackageNotFoundError:
-        print("torch-pruning is not installed: pip install --no-deps torch-pruning==1.6.1")
+        print("torch-pruning is not installed: pip install torch-pruning==1.6.1")
         return 1
     torch.manual_seed(0)
     right = peer_rows.run()
