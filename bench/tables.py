@@ -1,8 +1,8 @@
 """python -m bench.tables: write the README's measured tables from bench/results/.
 
 A table stands between `<!-- bench: NAME -->` and `<!-- end of bench -->`, where NAME is a file of bench/results/
-without its ending: of `python -m bench`, of `python -m bench.main_job`, or of `python -m bench.methods_job`. Nothing
-between them is written by hand.
+without its ending: of `python -m bench`, of `python -m bench.main_job`, of `python -m bench.methods_job`, or of
+`python -m bench.peer_torch_pruning`. Nothing between them is written by hand.
 """
 
 import json
@@ -32,6 +32,10 @@ def table(stored):
         from bench import robustness  # here, so that the other tables need no build
 
         return robustness.table(stored)
+    if "peer" in stored:
+        from bench import peer_torch_pruning
+
+        return peer_torch_pruning.table(stored)
     if "methods" in stored:
         return methods(stored)
     if "seeds" in stored:
