@@ -50,6 +50,7 @@ class Tracer(TorchDispatchMode):
         self.layers, self.calls, self.scalars = {}, [], []
         self.used = set()  # names of the parameters that some op took
         self.read_axes = {}  # weight name -> its axes that read channels
+        self.scales = {}  # names of the scales of norms over each channel apart: a set, in order
         self.closed = set()  # calls whose output something has read
         self.counts = {}  # how often each op ran
         self.op, self.inputs = None, []  # the op that runs, and its tensors
