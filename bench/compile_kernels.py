@@ -44,11 +44,14 @@ OPS = (
     "vote_ranking",
     "ranking_loss",
     "channel_attention",
+    "filter_norms",
+    "filter_distances",
 )
 LIMITED_BY_ARITHMETIC = (  # their tiles are small and come from a cache: what is loaded is used many times over
     *("_range", "_sweep", "_combine_parts", "_interpolate", "_sweep_backward", "_weights", "_finish"),
     *("_project", "_add_sums", "_combine_channels", "_vote", "_combine_chunks"),
     *("_walk_back", "_add_tasks", "_ranking_gradients"),
+    *("_pairs", "_add_blocks"),
 )
 MAX_REGISTERS = 128  # 4 programs of 4 warps still fit a multiprocessor
 
@@ -104,6 +107,11 @@ def cases(op):
     def vote(images, channels, name):
         forward(empty(images, channels, dtype=floats[name]), empty(channels, channels, dtype=torch.int64))
 
+    def filters(shapes, name, *p):
+        axes = [axis for _, axis, _ in shapes]
+        weights = [empty(shape, dtype=floats[name]) for shape, _, _ in shapes]
+        forward(weights, axes, [group for _, _, group in shapes], *p)
+
     def excite(shape, name, memory_format, kind):
         x, hidden = empty(shape, dtype=floats[name]).to(memory_format=memory_format), max(4, shape[1] // 16)
         parameters = [empty(size) for size in ((hidden, shape[1]), (hidden,), (shape[1], hidden), (shape[1],))]
@@ -151,6 +159,13 @@ def cases(op):
         wanted = [*((256, 512, name) for name in floats), (256, 16, "float32"), (9, 77, "float64")]
         for images, channels, name in wanted:
             yield f"{images}x{channels} {name}", functools.partial(vote, images, channels, name)
+    elif op in ("filter_norms", "filter_distances"):
+        usual = [((64, 3, 7, 7), 0, 1), ((256, 64, 1, 1), 0, 1), ((512, 512, 3, 3), 0, 1)]
+        for name in floats:
+            for p in ((1,), (2,)) if op == "filter_norms" else ((),):
+                yield f"ResNet {name} {p}", functools.partial(filters, usual, name, *p)
+        upscale = [((64, 32, 4, 4), 1, 2), ((64, 32, 4, 4), 1, 1)]  # weights of a filter lie apart
+        yield "transposed float32", functools.partial(filters, upscale, "float32", *((2,) * (op == "filter_norms")))
     elif op == "channel_attention":
         many, few, uneven = (64, 256, 56, 56), (1, 16, 512, 512), (64, 24, 14, 14)
         wanted = [*((many, name, 1) for name in floats), (many, "float32", 0), (many, "float32", 2)]
@@ -219,6 +234,8 @@ def tile_bytes(kernel, arguments):
         tile, gradient = arguments["ROWS"] * arguments["COLS"] * element("x"), arguments["GRADIENT"]
         reads_x = kernel == "_squeeze" or arguments["ACTIVATION"] != 0 or not gradient
         return [tile] * (reads_x + gradient), [tile] * (kernel == "_excite")
+    if kernel == "_norms":
+        return [arguments["ROWS"] * arguments["COLS"] * arguments["ELEMENT"].primitive_bitwidth // 8], []
     if kernel in LIMITED_BY_ARITHMETIC:
         return [], []
     raise ValueError(f"how many bytes does {kernel} load and store? say so in tile_bytes of bench/compile_kernels.py")

@@ -17,6 +17,7 @@ import sys
 import time
 
 from paamops import cli, data, models, pruning, saving, training
+from paamops.criteria import weight_scores
 from paamops.methods.objective import Objective
 from paamops.packing import pack
 from paamops.selection import select
@@ -123,7 +124,8 @@ def with_globalpru(model, dataset, fabric, plan, flops):
 def with_norms(model, dataset, fabric, plan, flops):
     """Cut once, by the l1 norms of the filters in equal shares of all layers; trained for the last of a schedule."""
     channels = trace(model, dataset.normalise(dataset.train.images[:1]))
-    small = pack(model, channels, select(channels, scores.in_shares(channels, scores.l1(model, channels)), flops=flops))
+    norms = scores.in_shares(channels, weight_scores(model, channels, "l1"))
+    small = pack(model, channels, select(channels, norms, flops=flops))
     rewind = cli.DIGITS_PAAM["rewind"]
     epochs = 3 * (max(1, round(cli.PAAM_LEARN * plan.epochs)) + later(plan, rewind))  # three rounds of PAAM
     training.train(

@@ -45,7 +45,8 @@ inline std::vector<Filters> read_filters(const std::vector<Tensor>& weights, con
     }
     for (int64_t d = axes[l] + 1; d < weight.dim(); ++d) split.push_back({weight.size(d), weight.stride(d)});
     const int64_t count = weight.size(axes[l]) * groups[l];
-    layers.push_back({make_plan(split), split[0], split[1], weight.const_data_ptr(), count, offset, weight.numel() == 0});
+    const bool empty = weight.numel() == 0;  // of nothing there is no plan
+    layers.push_back({empty ? Plan{} : make_plan(split), split[0], split[1], weight.const_data_ptr(), count, offset, empty});
     offset += count;
   }
   return layers;

@@ -1,7 +1,7 @@
 """paamops: fused kernels and methods for filter pruning of convolutional networks in PyTorch.
 
 channels = paamops.trace(model, example_inputs)          what can be removed, with what, at which cost
-scores   = paamops.score(model, channels, inputs)        one number per filter
+scores   = paamops.score(model, channels, inputs)        one number per filter; without images weight_scores
 keep     = paamops.select(channels, scores, params=0.5)  which channel sets stay, under a budget
 small    = paamops.pack(model, channels, keep)           a smaller dense network
 
@@ -15,6 +15,7 @@ paamops.GlobalPru(model, inputs, rate=0.5).run(train=…, evaluate=…, epochs=�
 
 from paamops import data, models
 from paamops.channels import ChannelMap, Cost
+from paamops.criteria import weight_scores
 from paamops.excitation import excite
 from paamops.methods.aap import AAP
 from paamops.methods.globalpru import GlobalPru
@@ -24,6 +25,8 @@ from paamops.ops.activation_attention import activation_attention
 from paamops.ops.channel_attention import channel_attention
 from paamops.ops.cumulative_threshold import cumulative_threshold
 from paamops.ops.filter_attention import filter_attention
+from paamops.ops.filter_distances import filter_distances
+from paamops.ops.filter_norms import filter_norms
 from paamops.ops.leaky_exponential import leaky_exponential
 from paamops.ops.pack_channels import pack_channels
 from paamops.ops.project_filters import project_filters
@@ -60,6 +63,8 @@ __all__ = [
     "data",
     "excite",
     "filter_attention",
+    "filter_distances",
+    "filter_norms",
     "kept",
     "leaky_exponential",
     "load",
@@ -78,4 +83,5 @@ __all__ = [
     "tempered_sigmoid",
     "trace",
     "vote_ranking",
+    "weight_scores",
 ]

@@ -45,6 +45,8 @@ class ChannelMap:
         pinned: (S,) bool, the sets that must stay.
         reasons: list of S strings, why a pinned set is; empty for the others.
         constants: name of a convolution's or linear layer's weight that is a buffer -> its axis that issues channels.
+        scales: names of the scales γ of batch norms, and of other norms over each channel apart, that the channels of
+            layers pass through.
         unused: names of weights that the forward pass did not use; `pack` leaves them as they are.
         axes: name of a parameter or buffer -> for every axis None, or an int64 array with the set of each index (-1 for
             an index that no set covers): the whole instruction for packing.
@@ -82,6 +84,7 @@ class ChannelMap:
 
         self._set_of = set_of
         self.scalars, self.calls = tracer.scalars, len(tracer.calls)
+        self.scales = list(tracer.scales)
         self.unused = [name for name in parameters if name not in tracer.used and tensors[name].dim() > 1]
         self._pin(tracer.pins + tracer.weak_pins, component, set_of, count)
         self._lay_out(tensors, parameters, tracer.calls, set_of, count, batch, tracer.other_flops)

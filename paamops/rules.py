@@ -157,6 +157,9 @@ def batch_norm(tracer, op, args, kwargs, out):
     if vector is None:
         tracer.carry(out[0], tracer.labels_of(x).fields, (x,))
         return
+    scale = tracer.labels_of(args[1])
+    if scale.parameter is not None and args[1].dim() == 1:
+        tracer.scales[scale.parameter] = True
     for tensor in args[1:5]:
         if isinstance(tensor, torch.Tensor):
             tracer.unite_with_vector(tensor, vector)

@@ -55,6 +55,7 @@ class Tracer(TorchDispatchMode):
         self.used = set()  # names of the parameters that some op took
         self.read_axes = {}  # weight name -> its axes that read channels
         self.scatters = {}  # name of an index that a branch goes into its stream by -> that of its inverse
+        self.scales = {}  # names of the scales of norms over each channel apart: a set, in order
         self.closed = set()  # calls whose output something has read
         self.strides = ()  # sizes and strides of a tensor that is about to get others in place
         self.counts = {}  # how often each op ran

@@ -31,38 +31,28 @@ def layers(model):
     return [module for module in model if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
-def test_l1_by_hand(plain):
+def test_l1_mean_by_hand(plain):
     model, channels, _ = plain
-    expected = [sum(abs(w) for w in row.flatten().tolist()) for layer in layers(model) for row in layer.weight]
-    assert_close(scores.l1(model, channels), torch.tensor(expected, dtype=torch.float64), torch.float32)
-    sizes = [row.numel() for layer in layers(model) for row in layer.weight]
-    expected = [norm / size for norm, size in zip(expected, sizes, strict=True)]
+    rows = [row for layer in layers(model) for row in layer.weight]
+    expected = [sum(abs(w) for w in row.flatten().tolist()) / row.numel() for row in rows]
     assert_close(scores.l1_mean(model, channels), torch.tensor(expected, dtype=torch.float64), torch.float32)
 
 
-def test_l1_of_a_transposed_convolution_is_that_of_its_filters():
-    model = nn.Sequential(nn.Conv2d(1, 3, 1), nn.ReLU(), nn.ConvTranspose2d(3, 2, 2), nn.ReLU(), nn.Conv2d(2, 1, 1))
-    channels = paamops.trace(model, torch.randn(1, 1, 4, 4))
-    expected = model[2].weight.detach().double().abs().sum((0, 2, 3))
-    assert_close(scores.l1(model, channels)[3:5], expected, torch.float32)
+def test_l1_mean_of_a_transposed_convolution_is_that_of_its_filters():
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, groups=2), nn.ReLU())
+    channels = paamops.trace(model.append(nn.Conv2d(6, 1, 1)), torch.randn(1, 1, 4, 4))
+    expected = model[2].weight.detach().double().abs().unflatten(0, (2, 2)).mean((1, 3, 4)).flatten()
+    assert_close(scores.l1_mean(model, channels)[4:10], expected, torch.float32)
 
 
 def test_l1_in_shares_takes_equal_shares(plain):
     model, channels, _ = plain
     with torch.no_grad():
         model[0].weight.mul_(1000)  # the size of a layer's weights does not count
-    found = scores.in_shares(channels, scores.l1(model, channels))
+    found = scores.in_shares(channels, paamops.weight_scores(model, channels, "l1"))
     for layer, part in zip(layers(model), found.split([len(layer.weight) for layer in layers(model)]), strict=True):
         order = layer.weight.detach().flatten(1).abs().sum(1).argsort()
         assert_close(part[order], torch.arange(1, len(part) + 1) / len(part), torch.float32)
-
-
-def test_random_scores_repeat_and_differ(plain):
-    channels = plain[1]
-    assert torch.equal(scores.random(channels, 3), scores.random(channels, 3))
-    assert not torch.equal(scores.random(channels, 3), scores.random(channels, 4))
-    expected = torch.rand(len(channels.filters), generator=torch.Generator().manual_seed(3))
-    assert torch.equal(scores.random(channels, 3), expected)
 
 
 @pytest.mark.parametrize("p", [1, 2, 4])

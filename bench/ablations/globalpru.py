@@ -54,7 +54,8 @@ def rates(shop):
         warm = warmed(shop, dense)
         for rate in shop.scale.removed:
             yield taught(shop, dense, warm, "GlobalPru", rate=rate)
-            found = scores.in_shares(dense.channels, scores.l1(dense.model, dense.channels))
+            norms = paamops.weight_scores(dense.model, dense.channels, "l1")
+            found = scores.in_shares(dense.channels, norms)
             selection = paamops.select(dense.channels, found, threshold=rate)
             model = paamops.pack(dense.model, dense.channels, selection)
             accuracies = {"before": shop.accuracy(model)}

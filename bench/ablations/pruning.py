@@ -131,10 +131,10 @@ def rank(shop, criterion, model, channels, seed):
     if criterion.startswith("attention"):
         return scores.attention(shop, model, channels, seed)
     if criterion == "random":
-        return scores.random(channels, seed)
+        return paamops.weight_scores(model, channels, "random", seed)
     if criterion == "l1 / size":
         return scores.l1_mean(model, channels)
-    norms = scores.l1(model, channels)
+    norms = paamops.weight_scores(model, channels, "l1")
     return scores.in_shares(channels, norms) if criterion == "l1 in shares" else norms
 
 

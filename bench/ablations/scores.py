@@ -12,31 +12,17 @@ def attention(workshop, model, channels, seed):
     return paamops.score(model, channels, workshop.batch(seed))
 
 
-def l1(model, channels):
-    """Σ |w| over each filter's weights: the norm that ILP prunes by (Renda et al., 2020)."""
-    return torch.cat([rows.abs().sum(1) for rows in filters(model, channels)])
-
-
 def l1_mean(model, channels):
     """The l1 norm divided by the filter's size, its input channels times its positions: ILP-Mean (§4.4)."""
-    return torch.cat([rows.abs().mean(1) for rows in filters(model, channels)])
+    parameters = dict(model.named_parameters())
+    sizes = [parameters[layer.weight].numel() // len(layer.rows) for layer in channels.layers]
+    return paamops.weight_scores(model, channels, "l1") / torch.tensor(sizes)[channels.filters]
 
 
 def in_shares(channels, found):
     """The place of each filter's score in its layer, 1 / n to 1: a threshold takes an equal share of every layer."""
     layers = found.split(channels.offsets.diff().tolist())
     return torch.cat([(layer.argsort(stable=True).argsort() + 1) / len(layer) for layer in layers])
-
-
-def random(channels, seed):
-    """Uniform in 0 to 1, from this seed."""
-    return torch.rand(len(channels.filters), generator=torch.Generator().manual_seed(seed))
-
-
-def filters(model, channels):
-    """For every layer its weight as (filters, weights of a filter)."""
-    parameters = dict(model.named_parameters())
-    return [parameters[layer.weight].detach().movedim(layer.axis, 0).flatten(1) for layer in channels.layers]
 
 
 def batch_first(model, channels, images, p):
