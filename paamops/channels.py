@@ -85,6 +85,9 @@ class ChannelMap:
         self._set_of = set_of
         self.scalars, self.calls = tracer.scalars, len(tracer.calls)
         self.scales = list(tracer.scales)
+        self.cuts = [
+            (*cut, None if labels is None else component[labels[labels >= 0].numpy()]) for *cut, labels in tracer.cuts
+        ]
         self.unused = [name for name in parameters if name not in tracer.used and tensors[name].dim() > 1]
         self._pin(tracer.pins + tracer.weak_pins, component, set_of, count)
         self._lay_out(tensors, parameters, tracer.calls, set_of, count, batch, tracer.other_flops)

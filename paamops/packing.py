@@ -200,7 +200,7 @@ def fit_sizes(module):
 
 @contextlib.contextmanager
 def _fitting_bare_norms(model):
-    """A norm without a tensor holds a number of channels too: while the model runs, it becomes that of what it is given."""
+    """A norm without a tensor holds a number of channels too: while the model runs, it becomes that of its input."""
 
     def fit(module, args):
         x = args[0]
@@ -235,6 +235,9 @@ def verify(original, small, channels, keep, indices):
                 f"the packed network does not run, in {error.op}: {error}. The forward pass has a size written into it"
                 + _advice(layers)
             ) from error
+    if [cut[0] for cut in channels.cuts] != [cut[0] for cut in tracer.cuts]:
+        with contextlib.suppress(tracing.ForwardError):  # another path on the meta device: hold the real one against it
+            tracer = _real_run(small, channels, indices)
     faults = violations(tracer, channels)
     if faults:
         # On the meta device an op may take another path than the traced one: what shows with all channels too is that.
@@ -247,6 +250,14 @@ def verify(original, small, channels, keep, indices):
             f"the packed network does not compute what the masked one does: {what}. The forward pass has positions"
             f" written into it{_advice(layers)}"
         )
+    if [cut[0] for cut in channels.cuts] == [cut[0] for cut in tracer.cuts]:
+        for (op, sizes, fixed, found), (_, now, *_) in zip(channels.cuts, tracer.cuts, strict=True):
+            if any(sizes[d] != now[d] for d in fixed):
+                raise PackingError(
+                    f"the packed network does not compute what the masked one does: {op} cuts its channels into"
+                    f" {now}, not into {sizes}: a part of them follows their number that the trace takes to stay"
+                    + _advice(_feeding(channels, found.tolist()))
+                )
     before, after = channels.scalars, tracer.scalars
     if [op for op, _ in before] == [op for op, _ in after] and before != after:
         op, number, now = next((a[0], a[1], b[1]) for a, b in zip(before, after, strict=True) if a != b)

@@ -135,9 +135,7 @@ def scatter_channels(tracer, op, args, kwargs, out):
     tracer.set(out, Labels((lb.on_vector(tracer.vectors[source.parameter][0], 1, out.shape),)))
 
 
-@rule("bmm", "baddbmm", "mv", "dot", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention")
-@rule("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention")
-@rule("_scaled_dot_product_fused_attention_overrideable", "_scaled_dot_product_attention_math")
+@rule("bmm", "baddbmm")
 def product_of_activations(tracer, op, args, kwargs, out):
     for tensor in tracer.labelled(args, kwargs):
         tracer.pin_tensor(tensor, f"{op} multiplies activations with each other")
@@ -347,7 +345,7 @@ def view(tracer, op, args, kwargs, out):
     if isinstance(args[1], torch.dtype):
         unknown(tracer, op, args, kwargs, out)
         return
-    fields = []
+    fields, fixed = [], []
     for field in tracer.labels_of(x).fields:
         moved = lb.settle(field.reshape(out.shape))
         dims = lb.varying(moved)
@@ -355,12 +353,14 @@ def view(tracer, op, args, kwargs, out):
             # An axis of channels was split. One part shrinks with the channels, the one given as -1 or else the last;
             # the other parts keep their size, so the channels at the same place of each go together.
             shrinks = next((d for d in dims if d < len(args[1]) and args[1][d] == -1), dims[-1])
+            fixed += (d for d in dims if d != shrinks)
             for d in dims:
                 if d != shrinks:
                     first = moved.narrow(d, 0, 1)
                     tracer.unite(moved, first)
                     moved = first.expand(moved.shape)
         fields.append(moved)
+    tracer.cut("a view", x, out.shape, fixed)
     tracer.carry(out, fields, (x,))
 
 
@@ -381,6 +381,11 @@ def movement(tracer, op, args, kwargs, out):
     if any(isinstance(a, torch.Tensor) for a in args[1:]):
         unknown(tracer, op, args, kwargs, out)
         return
+    if op._schema.name in ("aten::unfold", "aten::diagonal"):
+        dims = {"aten::unfold": args[1:2], "aten::diagonal": (*args[2:4], 0, 1)[:2]}[op._schema.name]
+        if any(lb.varies(field, d % args[0].dim()) for field in tracer.labels_of(args[0]).fields for d in dims):
+            tracer.pin_tensor(args[0], f"{op} picks among them by position")
+            return
     functional = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"))
     overload = getattr(functional, op._overloadname)
     fields = [lb.settle(overload(field, *args[1:], **kwargs)) for field in tracer.labels_of(args[0]).fields]
@@ -461,6 +466,8 @@ def split(tracer, op, args, kwargs, out):
                     tracer.pin(parts[-1].narrow(dim, 0, 1), f"{op} gives fewer pieces where the last one is empty")
         for piece, part in zip(pieces, parts, strict=True):
             piece.append(lb.settle(part))
+    among_channels = any(lb.varies(field, dim) for field in tracer.labels_of(x).fields)
+    tracer.cut("a split", x, (len(out),), (0,) if among_channels else ())
     for tensor, fields in zip(out, pieces, strict=True):
         tracer.carry(tensor, fields, (x,))
 

@@ -113,15 +113,15 @@ class _Listener(TorchDispatchMode):
         for number, (op, k, dim) in enumerate(attention.channels.places):
             self.places.setdefault(op, {})[k] = (number, dim)
         self.counts = dict.fromkeys(self.places, 0)
-        self.fused = []  # whether transformer layers ran as one op before
+        self.unfused = []  # attention runs in the ops that were traced; the mode is entered again inside some ops
 
     def __enter__(self):
-        self.fused.append(torch.backends.mha.get_fastpath_enabled())
-        torch.backends.mha.set_fastpath_enabled(False)  # as in the trace
+        self.unfused.append(tracing.unfused())
+        self.unfused[-1].__enter__()
         return super().__enter__()
 
     def __exit__(self, *error):
-        torch.backends.mha.set_fastpath_enabled(self.fused.pop())
+        self.unfused.pop().__exit__(None, None, None)
         return super().__exit__(*error)
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):

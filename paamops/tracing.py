@@ -8,6 +8,7 @@ import contextlib
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -37,8 +38,9 @@ class Tracer(TorchDispatchMode):
 
     `vectors`: name -> for every axis the labels of its indices, int64. What it finds: `edges` (pairs of arrays of
     labels that are one, with the op that said so), `pins` (arrays of labels that stay, with the reason), `layers`
-    (weight name -> Layer), `calls` (one for every call of a layer) and `scalars` (the numbers that pointwise ops were
-    given). In a dimension of size 1, one channel and one that is broadcast look alike: `weak` and `weak_pins`.
+    (weight name -> Layer), `calls` (one for every call of a layer), `scalars` (the numbers that pointwise ops were
+    given) and `cuts` (the sizes that views and splits cut tensors into, and which of them must not follow the
+    channels). In a dimension of size 1, one channel and one that is broadcast look alike: `weak` and `weak_pins`.
     Where the run is `without_values`, it stops at the first op that needs some: `refused`.
     """
 
@@ -51,7 +53,7 @@ class Tracer(TorchDispatchMode):
         for name, tensor in tensors.items():
             self.known[tensor] = lb.OfParameter(name, vectors[name], tensor.shape)
         self.edges, self.weak, self.pins, self.weak_pins = [], [], [], []
-        self.layers, self.calls, self.scalars = {}, [], []
+        self.layers, self.calls, self.scalars, self.cuts = {}, [], [], []
         self.used = set()  # names of the parameters that some op took
         self.read_axes = {}  # weight name -> its axes that read channels
         self.scatters = {}  # name of an index that a branch goes into its stream by -> that of its inverse
@@ -144,6 +146,11 @@ class Tracer(TorchDispatchMode):
         if name not in self.layers:
             self.layers[name] = Layer(name.removesuffix(".weight"), name, kind, tuple(out.shape[1:]), rows, issues)
         self.set(out, Labels((lb.on_vector(rows, dim, out.shape),), pending=((call, seen),)))
+
+    def cut(self, op, x, sizes, fixed):
+        """`op`, "a view" or "a split", cuts `x` into these sizes; those at the places `fixed` must not change."""
+        labels = [lb.core(field).reshape(-1) for field in self.labels_of(x).fields] if fixed else []
+        self.cuts.append((op, tuple(sizes), tuple(fixed), torch.cat(labels) if labels else None))
 
     def along(self, field, dim):
         """The labels along `dim`; those that share an index, since the field changes elsewhere too, are united."""
@@ -385,8 +392,20 @@ def evaluating(model):
 
 
 @contextlib.contextmanager
+def unfused():
+    """Attention runs as the ops that it is made of, the same on every device, and not as one op."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextlib.contextmanager
 def unfused_attention(model, tracer):
-    """Transformer layers run as the ops that they are made of, not as one fused op that the rules do not know.
+    """As `unfused`, where the model is traced.
 
     What `nn.MultiheadAttention` is given is pinned: it holds its number of channels against one that it was made with.
     """
@@ -397,12 +416,10 @@ def unfused_attention(model, tracer):
 
     modules = [module for module in model.modules() if isinstance(module, torch.nn.MultiheadAttention)]
     hooks = [module.register_forward_pre_hook(pin, with_kwargs=True) for module in modules]
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with unfused():
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for hook in hooks:
             hook.remove()
 

@@ -132,9 +132,10 @@ def head(draw, c, size):
         reduce = draw.pick(lambda x: x.flatten(1), lambda x: torch.flatten(x, 1), lambda x: x.reshape(x.shape[0], -1))
     features = [kind] if kind == "global pooling" else [kind, "flatten into linear"]
     hidden = draw.channels()
-    layers = {"first": nn.Linear(c * pooled["n"], hidden), "act": draw.pick(nn.ReLU, nn.Tanh)(), "last": nn.Linear(hidden, out)}
+    width = c * pooled["n"]
+    layers = {"first": nn.Linear(width, hidden), "act": draw.pick(nn.ReLU, nn.Tanh)(), "last": nn.Linear(hidden, out)}
     if draw.chance(0.3):
-        layers = {"last": nn.Linear(c * pooled["n"], out)}
+        layers = {"last": nn.Linear(width, out)}
     norm = {"norm": nn.BatchNorm1d(hidden)} if "act" in layers and draw.chance(0.4) else {}
 
     def forward(s, x):

@@ -1,9 +1,9 @@
 """The productions of the grammar of random networks: each is a small piece of a network as people write it.
 
 A production is `production(draw, c, size, depth)` -> (module, channels, size): the module takes a map (n, c, *size) of
-one to three dimensions and gives one of the returned channels and size. Every forward pass takes the numbers that follow
-the channels from the tensors it is given, so that it runs at other widths too; the few that have sizes written into them
-are marked `written`.
+one to three dimensions and gives one of the returned channels and size. Every forward pass takes the numbers that
+follow the channels from the tensors it is given, so that it runs at other widths too; the few that have sizes written
+into them are marked `written`.
 """
 
 import torch
@@ -70,8 +70,8 @@ def sequence(s, x):
 
 
 ACTIVATIONS = [
-    nn.ReLU, lambda: nn.ReLU(inplace=True), nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Softplus, lambda: nn.ELU(inplace=True),
-    lambda: nn.LeakyReLU(0.1), nn.ReLU6, nn.Mish,
+    nn.ReLU, lambda: nn.ReLU(inplace=True), nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Softplus,
+    lambda: nn.ELU(inplace=True), lambda: nn.LeakyReLU(0.1), nn.ReLU6, nn.Mish,
 ]  # fmt: skip
 
 
@@ -184,7 +184,8 @@ def linear_last(draw, c, size, depth):
         x = s.second(s.act(s.first(x).movedim(-1, 1)).movedim(1, -1))
         return x.movedim(-1, 1)
 
-    return Block("linear over a map", forward, first=nn.Linear(c, hidden), act=act, second=nn.Linear(hidden, out)), out, size
+    layers = {"first": nn.Linear(c, hidden), "act": act, "second": nn.Linear(hidden, out)}
+    return Block("linear over a map", forward, **layers), out, size
 
 
 # Several branches.
@@ -361,12 +362,15 @@ def shuffle(draw, c, size, depth):
     def module(s, x):
         return F.channel_shuffle(s.first(x), groups)
 
-    forward = draw.pick(views, flat, *[module] * (dims == 2))
+    move = draw.pick(views, flat, *[module] * (dims == 2))
     parts = {"first": conv(draw, c, wide, dims)}
     if draw.chance(0.5) and wide // groups > 1:
         parts["last"] = conv(draw, wide, wide, dims, groups=groups)
-    block = Block("channel shuffle", lambda s, x: s.last(forward(s, x)) if hasattr(s, "last") else forward(s, x), **parts)
-    return block, wide, size
+
+    def forward(s, x):
+        return s.last(move(s, x)) if hasattr(s, "last") else move(s, x)
+
+    return Block("channel shuffle", forward, **parts), wide, size
 
 
 def pixel_shuffle(draw, c, size, depth):
@@ -441,7 +445,8 @@ def channel_convolution(draw, c, size, depth):
 
     def forward(s, x):
         x = s.before(x)
-        return x * torch.sigmoid(s.mix(x.flatten(2).mean(2)[:, None])).transpose(1, 2).reshape(*x.shape[:2], *[1] * len(size))
+        gate = torch.sigmoid(s.mix(x.flatten(2).mean(2)[:, None]))
+        return x * gate.transpose(1, 2).reshape(*x.shape[:2], *[1] * len(size))
 
     layers = {"before": conv(draw, c, c, len(size)), "mix": nn.Conv1d(1, 1, 3, padding=1, bias=False)}
     return Block("convolution over channels", forward, **layers), c, size
@@ -458,7 +463,8 @@ def product(draw, c, size, depth):
         shape = draw.pick((1, 1, *size), tuple(size), (1, c, *size))
         return Block("broadcast product", lambda s, x: s.before(x) * s.w, before=before, w=parameter(*shape)), c, size
     if kind == "number":
-        return Block("broadcast product", lambda s, x: s.before(x) * s.w + s.b, before=before, w=parameter(1), b=parameter()), c, size
+        layers = {"before": before, "w": parameter(1), "b": parameter()}
+        return Block("broadcast product", lambda s, x: s.before(x) * s.w + s.b, **layers), c, size
     if kind == "vector":
 
         def forward(s, x):
@@ -565,7 +571,8 @@ def repeated(draw, c, size, depth):
 def repeated_block(draw, c, size, depth):
     """One branch applied twice, to two tensors, and the results concatenated."""
     out, dims = draw.channels(), len(size)
-    layers = {"a": conv(draw, c, out, dims), "b": conv(draw, c, out, dims), "twice": branch(draw, out, out, size, depth)}
+    layers = {"a": conv(draw, c, out, dims), "b": conv(draw, c, out, dims)}
+    layers["twice"] = branch(draw, out, out, size, depth)
 
     def forward(s, x):
         return torch.cat([s.twice(s.a(x)), s.twice(F.relu(s.b(x)))], 1)
@@ -627,7 +634,8 @@ def parametrised(draw, c, size, depth):
     kind = draw.pick(*PARAMETRISATIONS)
     middle = conv(draw, inner, inner, dims, bias=True, padding_mode="zeros")
     PARAMETRISATIONS[kind](middle)
-    layers = {"before": conv(draw, c, inner, dims), "middle": middle, "act": nn.GELU(), "last": conv(draw, inner, out, dims)}
+    layers = {"before": conv(draw, c, inner, dims), "middle": middle, "act": nn.GELU()}
+    layers["last"] = conv(draw, inner, out, dims)
     return Block(("parametrised weight", kind), sequence, **layers), out, size
 
 
@@ -715,10 +723,14 @@ def written(draw, c, size, depth):
     dims, within = len(size), draw.channels(most=4)
     wide = 2 * within
     layers = {"first": conv(draw, c, wide, dims), "last": conv(draw, wide, wide, dims)}
-    kind = draw.pick("view", "split", "pairs")
+    kind = draw.pick("view", "split", "pairs", "interleave", "pieces")
 
     def forward(s, x):
         x = s.first(x)
+        if kind == "interleave":  # no size is written, but the part that is given by the width is not the last one
+            return s.last(x.reshape(len(x), x.shape[1] // 2, 2, *size).transpose(1, 2).flatten(1, 2))
+        if kind == "pieces":  # however many they are
+            return s.last(torch.cat(x.split(max(within // 2, 1), 1)[::-1], 1))
         if kind == "view":
             return s.last(x.reshape(-1, 2, within, *size).flip(1).reshape(-1, wide, *size))
         if kind == "split":

@@ -90,8 +90,8 @@ def check_select(model, inputs, channels, name, share):
     return selection.keep
 
 
-# Where an axis of channels is cut by a view, and one channel is left in each part, the shape no longer tells which of the
-# parts is the one that shrinks: a network packed before may be refused then.
+# Where an axis of channels is cut by a view, and one channel is left in each part, the shape no longer tells which of
+# the parts is the one that shrinks: a network packed before may be refused then.
 CUT_BY_VIEW = {"channel shuffle", "chunk", "groups reduced", "written"}
 
 
@@ -130,7 +130,8 @@ def check_network(number, written=False):
         try:
             small, again = check_cut(model, inputs, channels, keep)
         except paamops.PackingError as error:
-            assert "written" in found, error
+            if "written" not in found:
+                raise
             check_refusals(model, inputs, error, share)
             return
         check_flops(small, inputs, again)
@@ -138,14 +139,14 @@ def check_network(number, written=False):
             try:
                 check_cut(small, inputs, again, random_keep(again, 0.5))
             except paamops.PackingError as error:
-                assert CUT_BY_VIEW & found.keys(), error
+                if not CUT_BY_VIEW & found.keys():
+                    raise
                 check_refusals(small, inputs, error, 0.5)
 
 
 @pytest.mark.parametrize("part", range(10))
 def test_pack_equals_mask(seed, part):
-    for number in random.Random(seed * 10 + part).sample(range(2**31), 10):
-        check_network(number)
+    check_networks(random.Random(seed * 10 + part).sample(range(2**31), 10))
 
 
 @pytest.mark.slow
@@ -282,5 +283,9 @@ def test_wrong_cuts_are_found(monkeypatch, wrong, verified):
     if not verified:
         monkeypatch.setattr(packing, "verify", lambda *_: None)
     with pytest.raises((AssertionError, RuntimeError, ValueError, IndexError)):
-        for number in range(60):
-            check_network(number)
+        check_networks(range(60))
+
+
+def check_networks(numbers):
+    for number in numbers:
+        check_network(number)

@@ -185,6 +185,44 @@ def test_sizes_written_into_the_forward_pass_are_refused():
     assert paamops.trace(model, x, pinned="first").pinned[:8].all()
 
 
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: h.view(len(h), h.shape[1] // 2, 2, 6, 6).transpose(1, 2).flatten(1, 2),
+        lambda h: torch.cat(h.split(2, 1)[::-1], 1),
+    ],
+)
+def test_parts_that_follow_the_number_of_channels_are_refused(between):
+    """Every shape fits, and every channel meets one of its set, but not the right one."""
+    model, x = Made(lambda s, x: s.b(between(s.a(x))), a=conv(3, 8), b=conv(8, 4)).eval(), torch.randn(2, 3, 6, 6)
+    channels = paamops.trace(model, x)
+    keep = torch.ones_like(channels.pinned)
+    keep[1] = False
+    with pytest.raises(paamops.PackingError, match=r"a (view|split) cuts its channels into .*pinned=\('a',\)"):
+        paamops.pack(model, channels, keep)
+
+
+def test_a_last_piece_that_could_vanish_stays():
+    model = Made(lambda s, x: s.b(torch.cat(s.a(x).chunk(3, 1)[::-1], 1)), a=conv(3, 8), b=conv(8, 4)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    channels = paamops.trace(model, x)
+    assert channels.pinned.tolist() == [True, False, False] + [True] * 4
+    assert channels.sets[:8].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    for _ in range(3):
+        check_law(model, (x,), random_keep(channels, 0.5), channels)
+
+
+def test_norms_without_tensors_follow():
+    layers = {"a": conv(3, 8), "n": nn.InstanceNorm2d(8), "b": conv(8, 6), "m": nn.GroupNorm(6, 6, affine=False)}
+    model = Made(lambda s, x: s.c(s.m(s.b(s.n(s.a(x))))), c=conv(6, 4), **layers).eval()
+    x = torch.randn(2, 3, 6, 6)
+    channels = paamops.trace(model, x)
+    small = check_law(model, (x,), random_keep(channels, 0.0), channels)
+    assert (small.n.num_features, small.m.num_groups, small.m.num_channels) == (1, 1, 1)
+    assert not small.n._forward_pre_hooks
+    assert (model.n.num_features, model.m.num_groups) == (8, 6)
+
+
 def test_a_split_is_followed_along_its_free_part():
     model, x = WrittenPositions().eval(), torch.randn(2, 3, 5, 5)
     channels = paamops.trace(model, x)

@@ -148,6 +148,14 @@ def test_what_the_forward_pass_writes_is_put_back():
     assert "not used in this forward pass, so left as they are: training_only.weight" in channels.explain()
 
 
+def test_products_of_activations_cost_what_they_do():
+    tokens, width = 5, 6
+    model = nn.TransformerEncoderLayer(width, 2, 7, batch_first=True)
+    flops = 2 * tokens * (width * 3 * width + width * width + 2 * width * 7 + 2 * tokens * width)
+    for count in (1, 3):
+        assert paamops.trace(model, torch.randn(count, tokens, width)).cost().flops == flops
+
+
 class Mixing(nn.Module):
     """Two convolutions with an arbitrary function between them."""
 
@@ -178,6 +186,7 @@ class Mixing(nn.Module):
         (lambda x: torch.stack(x.unbind(1), 1), "unbind"),
         (lambda x: x.new_zeros(x.shape).copy_(x), "copy_"),
         (lambda x: torch.fft.fft2(x).real, "fft"),
+        (lambda x: x.unfold(1, 1, 1).amax(-1), "unfold"),
     ],
 )
 def test_what_mixes_channels_or_is_not_known_is_pinned_with_the_reason(between, reason):
@@ -202,6 +211,7 @@ def test_what_mixes_channels_or_is_not_known_is_pinned_with_the_reason(between, 
         lambda x: x[..., 1:, :].flip(2),
         lambda x: x / x.amax((2, 3), keepdim=True).abs().clamp(min=1e-3),
         lambda x: F.avg_pool2d(F.group_norm(x, x.shape[1]), 2),
+        lambda x: F.adaptive_avg_pool2d(x.contiguous(memory_format=torch.channels_last), 1),
     ],
 )
 def test_what_keeps_channels_apart_leaves_them_free(between):
