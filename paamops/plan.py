@@ -7,9 +7,8 @@ original's, or None for the whole axis; the original's shape).
 
 import hashlib
 
-from torch import nn
-
 from paamops.tracing import named_tensors
+from paamops.wrapping import unwrapped
 
 ATTRIBUTE = "paamops_plan"
 
@@ -76,7 +75,8 @@ def kept(model):
         original.conv1.weight[paamops.kept(small)["conv1.weight"][0]]  # the filters that small.conv1 began with
 
     Args:
-        model: nn.Module, packed or not, loaded or not.
+        model: nn.Module, packed or not, loaded or not. DistributedDataParallel, DataParallel and torch.compile's
+            wrapper are looked through.
 
     Returns:
         dict: the name of every parameter and buffer -> a tuple with, for every axis, the kept indices of the original's
@@ -87,8 +87,7 @@ def kept(model):
     Raises:
         TypeError: `model` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    model = unwrapped(model)
     return _known(model, named_tensors(model))[0]
 
 
