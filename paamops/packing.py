@@ -119,8 +119,8 @@ def _pack(model, channels, keep, optimizer):
 
 def _rebuilt(model, tensors, packed):
     """A deep copy with the packed values in the places of the old tensors, which are never copied."""
-    memo = {id(getattr(model, plan.ATTRIBUTE, None)): None}  # it gets a plan of its own
-    new = []
+    plans = [vars(module)[plan.ATTRIBUTE] for module in model.modules() if plan.ATTRIBUTE in vars(module)]
+    memo, new = {id(each): {} for each in plans}, []  # it gets plans of its own
     for tensor, values in zip(tensors.values(), packed, strict=True):
         if isinstance(tensor, nn.Parameter):
             values = torch.Tensor._make_subclass(type(tensor), values, tensor.requires_grad)

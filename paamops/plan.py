@@ -1,16 +1,15 @@
 """Where a packed network comes from: which indices of the original it kept, and what the original was.
 
-`pack` leaves it in the attribute `paamops_plan` of the network, a dict that is copied and pickled along:
-kept: name of a parameter or buffer -> for every axis the kept indices of the original's, or None for the whole axis;
-full: name -> the original's shape.
+`pack` leaves it in the attribute `paamops_plan` of each module, which is copied and pickled along, wherever the module
+goes: a dict, name of one of the module's own parameters and buffers -> (for every axis the kept indices of the
+original's, or None for the whole axis; the original's shape).
 """
 
 import hashlib
 
-from torch import nn
-
 from paamops import scattering
 from paamops.tracing import named_tensors
+from paamops.wrapping import unwrapped
 
 ATTRIBUTE = "paamops_plan"
 
@@ -77,7 +76,8 @@ def kept(model):
         original.conv1.weight[paamops.kept(small)["conv1.weight"][0]]  # the filters that small.conv1 began with
 
     Args:
-        model: nn.Module, packed or not, loaded or not.
+        model: nn.Module, packed or not, loaded or not. DistributedDataParallel, DataParallel and torch.compile's
+            wrapper are looked through.
 
     Returns:
         dict: the name of every parameter and buffer -> a tuple with, for every axis, the kept indices of the original's
@@ -88,27 +88,35 @@ def kept(model):
     Raises:
         TypeError: `model` is not a module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model is a {type(model).__name__}; it must be a torch.nn.Module")
+    model = unwrapped(model)
     return _known(model, named_tensors(model))[0]
+
+
+def is_packed(model):
+    """Whether any part of the model comes from `pack`."""
+    return any(ATTRIBUTE in vars(module) for module in model.modules())
 
 
 def _known(model, tensors):
     """`kept`, and for each of its tensors the shape that it had in the original."""
     own = scattering.buffers(model)
     tensors = {name: tensor for name, tensor in tensors.items() if name not in own}
-    plan = getattr(model, ATTRIBUTE, None)
-    if plan is None:
+    if not is_packed(model):
         full = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         return {name: (None,) * len(shape) for name, shape in full.items()}, full
-    full = {name: shape for name, shape in plan["full"].items() if _fits(tensors.get(name), plan["kept"][name], shape)}
-    return {name: plan["kept"][name] for name in full}, full
+    plans = {path: vars(module).get(ATTRIBUTE, {}) for path, module in model.named_modules()}
+    axes, full = {}, {}
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
+        if leaf in plans[path] and _fits(tensor, *plans[path][leaf]):
+            axes[name], full[name] = plans[path][leaf]
+    return axes, full
 
 
 def _fits(tensor, axes, full):
     """Whether a tensor can be what these indices leave of an original of the shape `full`."""
     left = [size if axis is None else len(axis) for size, axis in zip(full, axes, strict=True)]
-    return tensor is not None and list(tensor.shape) == left
+    return list(tensor.shape) == left
 
 
 def remember(small, model, tensors, indices):
@@ -128,8 +136,14 @@ def remember(small, model, tensors, indices):
 
 
 def install(model, indices, full):
-    """Write a plan into the model."""
-    setattr(model, ATTRIBUTE, {"kept": indices, "full": full})
+    """Write into the model's modules what its tensors, by their names, have kept of originals of the shapes `full`."""
+    tensors = named_tensors(model)
+    plans = {id(tensors[name]): (axes, full[name]) for name, axes in indices.items()}
+    setattr(model, ATTRIBUTE, {})  # though nothing may be known: it is not whole
+    for module in model.modules():
+        own = {leaf: plans[id(tensor)] for leaf, tensor in _own(module) if id(tensor) in plans}
+        if own:
+            setattr(module, ATTRIBUTE, own)
 
 
 def fingerprints(model):
@@ -144,8 +158,7 @@ def fingerprints(model):
     full = {id(tensors[name]): shape for name, shape in _known(model, tensors)[1].items()}
     found = {}
     for name, module in model.named_modules():
-        tables = (*module._parameters.items(), *module._buffers.items())
-        own = [(leaf, full.get(id(tensor))) for leaf, tensor in tables if tensor is not None]
+        own = [(leaf, full.get(id(tensor))) for leaf, tensor in _own(module)]
         about = []
         if type(module).__module__.startswith("torch."):
             values = vars(module)
@@ -153,6 +166,11 @@ def fingerprints(model):
         if all(shape is not None for _, shape in own) and (own or (about and not module._modules)):
             found[name] = hashlib.sha256(repr((own, about)).encode()).hexdigest()[:8]
     return found
+
+
+def _own(module):
+    """The module's own parameters and buffers, by their names."""
+    return [(n, t) for n, t in (*module._parameters.items(), *module._buffers.items()) if t is not None]
 
 
 def _is_plain(value):

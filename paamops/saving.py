@@ -60,7 +60,7 @@ def save(model, path):
         "sizes": {name: sizes for name, module in model.named_modules() if (sizes := module_sizes(module))},
         "modes": [name for name, module in model.named_modules() if module.training != model.training],
         "source": plan.fingerprints(model),
-        "kept": encoded(plan.kept(model)) if getattr(model, plan.ATTRIBUTE, None) else None,
+        "kept": encoded(plan.kept(model)) if plan.is_packed(model) else None,
     }
     if found := scattering.sizes(model):
         header["scatters"] = found

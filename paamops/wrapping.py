@@ -17,8 +17,8 @@ def unwrapped(model):
     while isinstance(model, nn.Module):
         if isinstance(model, PARALLEL):
             model = model.module
-        elif "_orig_mod" in model._modules:  # of torch.compile; its class is not imported for this, which takes seconds
-            model = model._modules["_orig_mod"]
+        elif type(model).__name__ == "OptimizedModule":  # importing the class of torch.compile would take seconds
+            model = model._orig_mod
         else:
             break
     if not isinstance(model, nn.Module):

@@ -9,6 +9,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 import paamops
 from paamops.tracing import named_tensors
@@ -256,7 +257,7 @@ def test_kept_leads_back_to_the_original_over_several_prunings(network):
             assert torch.equal(value, named_tensors(model)[name]), name
         model = copy.deepcopy(model)
     assert all(axis is None for axes in paamops.kept(original).values() for axis in axes)
-    assert not hasattr(original, "paamops_plan")
+    assert not any(hasattr(module, "paamops_plan") for module in original.modules())
 
 
 def test_kept_leaves_out_what_came_later():
@@ -272,6 +273,29 @@ def test_kept_leaves_out_what_came_later():
     assert paamops.kept(again).keys() == kept.keys()
     with pytest.raises(TypeError, match="model is a dict"):
         paamops.kept({})
+
+
+def test_a_packed_network_within_another_and_a_part_of_one(tmp_path):
+    model, inputs = networks.make(networks.Residual)
+    small, _, _ = packed(model, inputs)
+    kept = paamops.kept(small)
+    around = nn.Sequential(nn.BatchNorm2d(3), small)
+    found = paamops.kept(around)
+    assert found.keys() == {f"1.{name}" for name in kept}
+    assert all(found[f"1.{name}"] is axes for name, axes in kept.items())
+    again, _, _ = packed(around, inputs, 0.5)
+    rows = paamops.kept(again)["1.stem.weight"][0]
+    assert torch.equal(again[1].stem.weight, model.stem.weight[rows])
+    for whole, build in (
+        (again, lambda: nn.Sequential(nn.BatchNorm2d(3), networks.Residual())),
+        (small.norms, lambda: networks.Residual().norms),
+        (AveragedModel(small), lambda: AveragedModel(networks.Residual())),
+        (nn.Sequential(nn.ReLU(), small.stem), lambda: nn.Sequential(nn.ReLU(), nn.Conv2d(3, 8, 3, padding=1))),
+    ):
+        paamops.save(whole, tmp_path / "m")
+        loaded = paamops.load(tmp_path / "m", build)
+        assert str(paamops.kept(loaded)) == str(paamops.kept(whole))
+        assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), whole.parameters(), strict=True))
 
 
 def test_torch_saves_and_loads_a_packed_model():

@@ -79,7 +79,7 @@ def gathered(value, shape, axes):
     """What `axes` leave of a state of a parameter of this shape, gathered one axis after the other."""
     for axis, index in enumerate(axes):
         if index is not None and value.size(axis) == shape[axis]:
-            value = value.index_select(axis, index)
+            value = value.index_select(axis, index.to(value.device))
     return value
 
 
@@ -94,13 +94,26 @@ TRAINED = {
 
 @pytest.mark.parametrize(("network", "kind"), TRAINED.values(), ids=TRAINED)
 def test_the_packed_network_trains_as_the_masked_one_would(network, kind):
-    model, inputs, target = problem(network)
-    optimizer = STATEFUL[kind](model.parameters())
-    train(model, optimizer, inputs, target, 0 if "yet" in kind else 3)
-    channels = paamops.trace(model, inputs)
+    check_training(*problem(network), STATEFUL[kind], 0 if "yet" in kind else 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"fused": True}, {"capturable": True}, {"foreach": True}], ids=str)
+def test_it_does_on_a_gpu(settings):
+    model, inputs, target = problem(networks.Residual)
+    check_training(
+        model.cuda(), [x.cuda() for x in inputs], target.cuda(), lambda p: torch.optim.AdamW(p, 0.01, **settings), 3
+    )
+
+
+def check_training(model, inputs, target, make, steps):
+    """Train, prune, and train on: packed, and in full size with what is read of the removed channels kept at zero."""
+    optimizer = make(model.parameters())
+    train(model, optimizer, inputs, target, steps)
+    channels = paamops.trace(model, tuple(inputs))
     keep = channels.check(random_keep(channels, 0.5))
     twin = paamops.mask(model, channels, keep)
-    beside = STATEFUL[kind](twin.parameters())
+    beside = make(twin.parameters())
     beside.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     indices = kept_indices(channels, keep)
     small = paamops.pack(model, channels, keep, optimizer)
