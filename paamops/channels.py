@@ -98,7 +98,7 @@ class ChannelMap:
             for name, axes in tracer.read_axes.items()
         }
         self.hosts = {}
-        self.scatters = {name: (source, tensors[source].cpu()) for name, source in tracer.scatters.items()}
+        self.scatters = {name: (source, tensors[source].detach().cpu().clone()) for name, source in tracer.scatters.items()}
 
     def _pin(self, pins, component, set_of, count):
         reasons = np.full(count, "", object)

@@ -145,7 +145,8 @@ def install(model, places):
         made.append((host, Excitation(size, hidden, activation, tensor).train(host.training)))
     for host, excitation in made:
         host.excitation = excitation
-        host.register_forward_hook(_scale_output)
+        # A branch that is added into its stream by index is scaled before its channels go to their places.
+        host.register_forward_hook(_scale_output, prepend=hasattr(host, "scatter"))
     recipe = getattr(model, "paamops_recipe", None)
     if recipe is not None:
         model.paamops_recipe = {**recipe, "excitations": {path: list(place) for path, place in places.items()}}

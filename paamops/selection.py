@@ -35,7 +35,8 @@ def select(channels, scores, *, filters=None, params=None, flops=None, threshold
 
     The score of a set is the mean of its filters' scores. Sets go in the order of rising score (among equal scores the
     higher index first) until the cost of the *network* that is left, producers and consumers counted, is within the
-    budget; it is found by radix descent, exactly. Pinned sets stay, and so does the best set of every layer.
+    budget; it is found by radix descent, exactly. Pinned sets stay, and so does the best set of every layer. A filter
+    that only a residual sum reads, by index, goes at the latest when its place in the stream does.
 
     Args:
         channels: ChannelMap of the network.

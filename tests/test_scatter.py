@@ -579,6 +579,18 @@ def test_with_excitations():
     check_law(small, x, again, random_keep(again, 0.5))
 
 
+def test_excitations_on_a_packed_branch(tmp_path):
+    """They scale its channels before these go to their places."""
+    model, x = built("resnet20")
+    channels = paamops.trace(model, x, residual="scatter")
+    small = paamops.pack(model, channels, random_keep(channels, 0.5))
+    paamops.excite(small, x)
+    again = paamops.trace(small, x, residual="scatter")
+    smaller = check_law(small, x, again, random_keep(again, 0.5))
+    paamops.save(smaller, tmp_path / "small")
+    assert torch.equal(paamops.load(tmp_path / "small")(x), smaller(x))
+
+
 def test_a_scatter_that_no_pack_put_there():
     """Its channels stay; what reads and what feeds it is pruned as ever."""
     index = torch.tensor([4, 0, 2])
