@@ -107,9 +107,9 @@ class ChannelMap:
             reasons[ids[ids >= 0]] = reason
         sets, offsets = self.sets.numpy(), self.offsets.numpy()
         for layer, start, stop in zip(self.layers, offsets, offsets[1:], strict=False):
-            only = np.unique(sets[start:stop])
-            if len(only) == 1 and not reasons[only[0]]:
-                reasons[only[0]] = f"the only channel set of {layer.name}"
+            only = sets[start:stop]
+            if (only == only[:1]).all() and not reasons[only[:1]].any():
+                reasons[only[:1]] = f"the only channel set of {layer.name}"
         self.reasons = reasons.tolist()
         self.pinned = torch.tensor([bool(reason) for reason in self.reasons])
 

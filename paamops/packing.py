@@ -1,7 +1,9 @@
 """pack and mask: the smaller dense network, and the full-size twin that it must equal."""
 
+import collections
 import contextlib
 import copy
+import functools
 import types
 
 import numpy as np
@@ -338,7 +340,41 @@ def _copy(model, memo):
         for value in vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    return _deep_copy(model, memo)
+
+
+PLAIN = (int, float, bool, str, type(None))
+
+
+def _deep_copy(module, memo):
+    """copy.deepcopy(module, memo), which spends most of its time on the constants and empty dicts of modules."""
+    if id(module) in memo or not _is_plain(type(module)):
+        return copy.deepcopy(module, memo)
+    new = memo[id(module)] = type(module).__new__(type(module))
+    for name, value in vars(module).items():
+        if name == "_compiled_call_impl":  # of torch.compile: it is made again when it is wanted
+            continue
+        if type(value) in PLAIN or (type(value) is tuple and all(type(each) in PLAIN for each in value)):
+            vars(new)[name] = value
+        elif type(value) in (dict, collections.OrderedDict) and not value:
+            vars(new)[name] = memo.setdefault(id(value), type(value)())
+        elif name == "_modules":
+            vars(new)[name] = type(value)(
+                (key, child if child is None else _deep_copy(child, memo)) for key, child in value.items()
+            )
+        else:
+            vars(new)[name] = copy.deepcopy(value, memo)
+    return new
+
+
+@functools.cache
+def _is_plain(kind):
+    """Whether copy.deepcopy copies a module of this class attribute by attribute, as it does PyTorch's own."""
+    reading = getattr(kind, "__getstate__", None) is getattr(nn.Module, "__getstate__", None)
+    writing = kind.__setstate__.__module__.startswith("torch.nn.modules.")  # they add attributes of later versions
+    reducing = (kind.__reduce_ex__, kind.__reduce__) == (object.__reduce_ex__, object.__reduce__)
+    slots = any("__slots__" in vars(each) for each in kind.__mro__[:-1])
+    return reading and writing and reducing and not slots and not hasattr(kind, "__deepcopy__")
 
 
 def _check_model(model, channels):

@@ -193,9 +193,10 @@ class Tracer(TorchDispatchMode):
         """What stands at the same place of both is one channel; what meets FIXED must stay."""
         if a.shape != b.shape:
             a, b = torch.broadcast_tensors(a, b)
-        for d in range(a.dim()):
-            if a.size(d) > 1 and a.stride(d) == 0 and b.stride(d) == 0:
-                a, b = a.narrow(d, 0, 1), b.narrow(d, 0, 1)
+        if a.dim() > 1:
+            for d in range(a.dim()):
+                if a.size(d) > 1 and a.stride(d) == 0 and b.stride(d) == 0:
+                    a, b = a.narrow(d, 0, 1), b.narrow(d, 0, 1)
         a, b = a.reshape(-1).numpy(), b.reshape(-1).numpy()
         fixed = (a == FIXED) | (b == FIXED)
         if fixed.any():

@@ -415,3 +415,60 @@ def test_the_verbs_on_a_gpu(network):
     with torch.no_grad():
         torch.testing.assert_close(small(*inputs), twin(*inputs), **NETWORK_TOLERANCE[torch.float64])
     paamops.select(channels, on_gpu, params=0.9)
+
+
+class Odd(nn.Module):
+    """It holds what a copy has to get right: shared containers, itself, a module twice, constants, classes of its own."""
+
+    class Held:
+        def __init__(self, value):
+            self.value = value
+
+    class Fresh(nn.ReLU):
+        def __deepcopy__(self, memo):
+            new = type(self)()
+            new.copied = True
+            return new
+
+    class Stated(nn.ReLU):
+        def __setstate__(self, state):
+            super().__setstate__(state)
+            self.restored = True
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+        self.again = [self.a, self]
+        self.empty = self.same = {}
+        self.held, self.pair = self.Held([1, self.a]), (1, [2])
+        self.fresh, self.stated, self.nothing = self.Fresh(), self.Stated(), None
+        self.cell = nn.LSTM(4, 2)
+        self.register_module("none", None)
+        self.a.register_forward_hook(self.seen)
+        self.count = 0
+
+    def seen(self, *_):
+        self.count += 1
+
+    def forward(self, x):
+        return self.b(self.fresh(self.stated(self.a(x))))
+
+
+def test_a_packed_network_is_a_deep_copy():
+    model, x = Odd().eval(), torch.randn(2, 3, 8, 8)
+    channels = paamops.trace(model, x)
+    model.count = 0
+    small = paamops.pack(model, channels, random_keep(channels, 0.5))
+    assert small.again[0] is small.a is small.held.value[1]
+    assert small.again[1] is small
+    assert small.empty is small.same
+    assert small.empty is not model.empty
+    assert (small.pair, small.nothing, small.none) == ((1, [2]), None, None)
+    assert small.pair[1] is not model.pair[1]
+    assert small.fresh.copied
+    assert small.stated.restored
+    assert small.cell(torch.zeros(1, 1, 4))[0].shape == (1, 1, 2)
+    before = small.count
+    small(x)
+    assert (model.count, small.count) == (0, before + 1)  # the hook is the copy's own
+    assert vars(small).keys() == vars(copy.deepcopy(model)).keys()
