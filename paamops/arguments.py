@@ -6,6 +6,7 @@ import os
 import sys
 
 from paamops import __version__, data, models
+from paamops.criteria import CRITERIA
 from paamops.methods.objective import MINIMISE
 
 NOT_MET = 3  # the exit code
@@ -15,11 +16,12 @@ ROUNDS = ("rewind", "rounds", "state", "report", "trained", "resume", "no_report
 AAP_ONLY = ("max_accuracy_drop", "minimise", "rewind_weights")
 PAAM_ONLY = ("learn", "lambda", "train_filters")
 GLOBALPRU_ONLY = ("rate", "mode", "alpha", "beta", "curve")
+ONCE_ONLY = ("criterion", "finetune_epochs")
 UNUSED = {
     "once": (*AAP_ONLY, *PAAM_ONLY, *GLOBALPRU_ONLY, *ROUNDS),
-    "aap": ("filters", "finetune_epochs", *PAAM_ONLY, *GLOBALPRU_ONLY),
-    "paam": ("finetune_epochs", *AAP_ONLY, *GLOBALPRU_ONLY),
-    "globalpru": ("filters", "finetune_epochs", "rounds", *AAP_ONLY, *PAAM_ONLY),
+    "aap": ("filters", *ONCE_ONLY, *PAAM_ONLY, *GLOBALPRU_ONLY),
+    "paam": (*ONCE_ONLY, *AAP_ONLY, *GLOBALPRU_ONLY),
+    "globalpru": ("filters", *ONCE_ONLY, "rounds", *AAP_ONLY, *PAAM_ONLY),
 }
 
 EXAMPLES = """\
@@ -95,7 +97,7 @@ def add_prune(commands, run):
         "--method",
         choices=("once", "aap", "paam", "globalpru"),
         default="once",
-        help="once: score the filters by their activations, prune and fine-tune once; aap: automatic attention pruning,"
+        help="once: score the filters, by --criterion, prune and fine-tune once; aap: automatic attention pruning,"
         " round by round to the target; paam: learn the scores while the network runs, prune to the budget, retrain,"
         " until the same filters stay; globalpru: put squeeze-and-excitations into the network, let all images elect a"
         " ranking of each layer's channels, teach it, remove the lowest, fine-tune (default: once)",
@@ -117,6 +119,12 @@ def add_prune(commands, run):
         help="AAP: percentage points of accuracy to lose, on validation images. With --data digits, which has few of"
         " them, rounds may lose half of it only: the rest is kept back, so that it is likelier to hold for other images"
         " too",
+    )
+    new.add_argument_group("once only").add_argument(
+        "--criterion",
+        choices=("attention", *CRITERIA),
+        help="what filters are scored by: the attention of their activations; or their weights' l1 or l2 norm, distance"
+        " from the other filters of the layer, or batch-norm scale; or at random (default: attention)",
     )
     add_rounds(new.add_argument_group("AAP, PAAM and GlobalPru, which train several times"))
     aap = new.add_argument_group("AAP only")

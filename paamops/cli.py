@@ -143,7 +143,8 @@ def run_prune(args):
         say(result.message)
         model, small = result.whole, result.model
     else:
-        small, _ = pruning.prune(model, dataset, fabric, plan, budget or HALF, say, quiet, args.pinned)
+        criterion = args.criterion or "attention"
+        small, _ = pruning.prune(model, dataset, fabric, plan, budget or HALF, say, quiet, args.pinned, criterion)
     if leads:
         saving.save(small, out)  # before anything else can go wrong
         say(f"saved to {out}")

@@ -14,9 +14,9 @@ def weight_scores(model, channels, criterion="l2", seed=0):
 
     - "l1", "l2": the norm of the filter's weights, Σ |w| or √(Σ w²) (`filter_norms`).
     - "geometric_median": the sum of the filter's distances to the others of its layer, FPGM (`filter_distances`).
-    - "batch_norm": |γ|, the scale of the batch norm that the filter's channel passes through, as the trace has found it;
-      where it passes through several (a concatenation that many layers read, a residual stream), their mean. Any norm
-      over each channel apart counts. Pinned filters without one, which stay anyway, get 0.
+    - "batch_norm": |γ|, the scale of the batch norm that the filter's channel passes through, as the trace has found
+      it; where it passes through several (a concatenation that many layers read, a residual stream), their mean. Any
+      norm over each channel apart counts. Pinned filters without one, which stay anyway, get 0.
     - "random": uniform in [0, 1), the same for a seed on every device.
 
     Scores are as they come: a norm is larger in a layer with larger filters. `select` takes the mean over the filters
@@ -36,7 +36,7 @@ def weight_scores(model, channels, criterion="l2", seed=0):
             "batch_norm" filters that could go pass through no such norm (the message names their layers).
         TypeError: with a norm or a distance, a weight that is not floating-point.
 
-    Source: Li et al. 2017 (l1); He et al. 2018 (l2); He et al., FPGM, CVPR 2019; Liu et al., Network Slimming, ICCV 2017.
+    Source: Li et al. 2017 (l1); He et al. 2018 (l2); FPGM, He et al. 2019; Network Slimming, Liu et al. 2017.
     """
     if criterion not in CRITERIA:
         raise ValueError(f"criterion is {criterion!r}; it must be one of {', '.join(CRITERIA)}")
@@ -50,7 +50,7 @@ def weight_scores(model, channels, criterion="l2", seed=0):
     op, extra = (filter_distances, {}) if criterion == "geometric_median" else (filter_norms, {"p": int(criterion[1])})
     axes = [layer.axis for layer in channels.layers]
     # The filters of a transposed convolution are those of one group, as often as it has groups.
-    groups = [len(layer.rows) // max(1, weight.size(axis)) for layer, weight, axis in _zip(channels.layers, weights, axes)]
+    groups = [len(layer.rows) // tensors[layer.weight].size(layer.axis) for layer in channels.layers]
     kinds = {}
     for layer, weight in enumerate(weights):
         kinds.setdefault((weight.dtype, weight.device), []).append(layer)
@@ -96,7 +96,3 @@ def _scales(tensors, channels):
         )
     wide = any(tensors[name].dtype == torch.float64 for name in names)
     return (total / count.clamp(min=1))[channels.sets].to(torch.float64 if wide else torch.float32)
-
-
-def _zip(*lists):
-    return zip(*lists, strict=True)

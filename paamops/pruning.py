@@ -10,6 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from paamops import data, training
+from paamops.criteria import weight_scores
 from paamops.measuring import file_size, latency
 from paamops.methods.aap import AAP
 from paamops.methods.globalpru import GlobalPru
@@ -38,10 +39,11 @@ class Plan:
     compiled: bool = False
 
 
-def prune(model, dataset, fabric, plan, budget, say=print, quiet=False, pinned=()):
-    """Train `model` (if plan.epochs > 0), prune it to `budget` by activation attention, fine-tune what is left.
+def prune(model, dataset, fabric, plan, budget, say=print, quiet=False, pinned=(), criterion="attention"):
+    """Train `model` (if plan.epochs > 0), prune it to `budget` by one criterion, fine-tune what is left.
 
-    `budget` is what `select` takes, such as {"params": 0.5}, `pinned` what `trace` takes. Decisions see the training
+    `budget` is what `select` takes, such as {"params": 0.5}, `pinned` what `trace` takes, `criterion` activation
+    attention or what `weight_scores` takes. Decisions see the training
     split only: the test split is for `report`. Everything that can be refused is refused before the training starts.
 
     Returns (packed model, Selection); `model` is trained in place, on the device of `fabric`.
@@ -49,6 +51,8 @@ def prune(model, dataset, fabric, plan, budget, say=print, quiet=False, pinned=(
     model, dataset = model.to(fabric.device), dataset.to(fabric.device)
     channels = trace(model, dataset.normalise(dataset.train.images[:1]), pinned)
     check_output(model, dataset)
+    if criterion != "attention":
+        weight_scores(model, channels, criterion, plan.seed)
     # A budget that no network meets, or a forward pass with sizes written into it. Any scores that spread over all
     # layers show it.
     trial = torch.rand(len(channels.filters), generator=torch.Generator().manual_seed(plan.seed))
@@ -59,10 +63,13 @@ def prune(model, dataset, fabric, plan, budget, say=print, quiet=False, pinned=(
         training.train(model, dataset, fabric, plan.schedule, epochs=plan.epochs, label="training", **settings)
         say(told("trained", plan.epochs, model, dataset, start))
 
-    generator = torch.Generator(fabric.device).manual_seed(plan.seed)
-    batches = data.batches(dataset.train, plan.batch_size, generator)
-    enough = itertools.islice(batches, max(1, SCORED // plan.batch_size))
-    scores = score(model, channels, (dataset.normalise(images) for images, _ in enough))
+    if criterion == "attention":
+        generator = torch.Generator(fabric.device).manual_seed(plan.seed)
+        batches = data.batches(dataset.train, plan.batch_size, generator)
+        enough = itertools.islice(batches, max(1, SCORED // plan.batch_size))
+        scores = score(model, channels, (dataset.normalise(images) for images, _ in enough))
+    else:
+        scores = weight_scores(model, channels, criterion, plan.seed)
     selection = select(channels, scores, **budget)
     small = pack(model, channels, selection)
     whole, left = channels.cost(), selection.achieved

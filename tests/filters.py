@@ -1,4 +1,4 @@
-"""Filters of layers for the tests of filter_norms and filter_distances: every kind, layout and size; rows in float64."""
+"""Filters of layers, for the tests of filter_norms and filter_distances: every kind, layout and size."""
 
 import math
 import random
@@ -6,8 +6,8 @@ import random
 import torch
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-# Shape, axis of the filters, groups: convolutions, linear layers, transposed ones; fewer and more than a vector, a row of
-# vectors and a block of filters; one filter, one weight, none.
+# Shape, axis of the filters, groups: convolutions, linear layers, transposed ones; fewer and more than a vector, a row
+# of vectors and a block of filters; one filter, one weight, none.
 KINDS = [
     ((64, 3, 7, 7), 0, 1),
     ((20, 16, 3, 3), 0, 1),

@@ -73,6 +73,26 @@ def test_test_split_decides_nothing(monkeypatch, tmp_path):
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
+def test_criterion_decides_what_stays(monkeypatch, tmp_path):
+    """Attention unless another one is given, which needs no images."""
+    chosen = []
+
+    def select(channels, scores, **budget):
+        chosen.append([scores, *(paamops.weight_scores(channels.model, channels, each) for each in ("l1", "random"))])
+        return paamops.select(channels, scores, **budget)
+
+    monkeypatch.setattr(pruning, "select", select)
+    assert cli.main([*TINY, "--quiet", "--out", "one"]) == 0
+    assert cli.main([*TINY, "--quiet", "--out", "two", "--criterion", "attention"]) == 0
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    monkeypatch.setattr(pruning, "score", lambda *_: pytest.fail("looked at images"))
+    for number, criterion in enumerate(("l1", "random"), 1):
+        assert cli.main([*TINY, "--quiet", "--out", criterion, "--criterion", criterion]) == 0
+        assert torch.equal(chosen[-1][0], chosen[-1][number])
+        assert not torch.equal(chosen[-1][0], chosen[-1][3 - number])
+    assert (tmp_path / "one").read_bytes() != (tmp_path / "l1").read_bytes()
+
+
 def test_prune_again_from_a_file(capsys, tmp_path):
     assert cli.main([*TINY, "--quiet"]) == 0
     table = capsys.readouterr().out
@@ -147,6 +167,7 @@ def test_a_network_of_your_own(capsys, tmp_path):
         ),
         (["prune", "--method", "globalpru", "--flops", "1"], "flops is 1, but no network meets it"),
         (["prune", "--method", "globalpru", "--model", "lenet300-100"], "no convolution that can get an excitation"),
+        (["prune", "--model", "lenet5", "--criterion", "batch_norm"], "no batch norm with a scale follows"),
         (["prune", "--pinned", "nowhere"], "pinned names 'nowhere'"),
         (["explain", "--pinned", "nowhere"], "pinned names 'nowhere'"),
         (["prune", "--data", "mnist", "--data-root", "nowhere"], "nowhere/MNIST/raw/train-images-idx3-ubyte: no such"),
@@ -197,6 +218,10 @@ def test_an_error_is_one_line(capsys, tmp_path, monkeypatch, arguments, message)
         (["prune", "--method", "aap", "--trained", "--model", "vgg16"], "--trained: needs --model package.module:f"),
         (["prune", "--method", "best"], "--method: invalid choice: 'best'"),
         (["prune", "--learn", "2"], "--learn: not for --method once"),
+        (["prune", "--criterion", "l3"], "--criterion: invalid choice: 'l3'"),
+        (["prune", "--method", "aap", "--criterion", "l1"], "--criterion: not for --method aap"),
+        (["prune", "--method", "paam", "--criterion", "l1"], "--criterion: not for --method paam"),
+        (["prune", "--method", "globalpru", "--criterion", "attention"], "--criterion: not for --method globalpru"),
         (["prune", "--method", "aap", "--lambda", "0"], "--lambda: not for --method aap"),
         (["prune", "--method", "aap", "--train-filters"], "--train-filters: not for --method aap"),
         (["prune", "--method", "aap", "--finetune-epochs", "0"], "--finetune-epochs: not for --method aap"),

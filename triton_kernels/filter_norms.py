@@ -1,7 +1,7 @@
 """The l1 and l2 norms of the filters of all layers on a GPU: one launch, every weight read once.
 
-A program takes ROWS filters of one layer and walks over their weights COLS at a time. Where the filters are whole vectors
-of 16 bytes, as nearly always, full tiles go without a mask; what is left, and all of other layouts, goes with one.
+A program takes ROWS filters of one layer and walks over their weights COLS at a time. Where the filters are whole
+vectors of 16 bytes, as nearly always, full tiles go without a mask; what is left, and all of other layouts, with one.
 """
 
 import functools
@@ -44,7 +44,7 @@ def filter_norms(weights, axes, groups, p):
 
 @functools.lru_cache(maxsize=64)
 def _tasks(counts, depths, rows, device):
-    """(·, 2) int32 on the device: the layer and the first filter of every program, those with the most weights first."""
+    """(·, 2) int32 on the device: layer and first filter of every program, those with the most weights first."""
     order = sorted(range(len(counts)), key=lambda layer: -depths[layer])
     table = [(layer, first) for layer in order for first in range(0, counts[layer], rows)]
     return to_device(torch.tensor(table, dtype=torch.int32).view(-1, 2), device)

@@ -11,7 +11,7 @@ from paamops.ops.registration import define
 
 
 def filter_distances(weights, axes=None, groups=None):
-    """distance[f] = Σ_{g ≠ f} √(Σ_k (w_f[k] - w_g[k])²) over the filters g of the layer of f, of all layers in one call.
+    """distance[f] = Σ_{g ≠ f} √(Σ_k (w_f[k] - w_g[k])²) over the filters g of the layer of f, all layers in one call.
 
     weights, axes and groups are those of `filter_norms`. Returns (F,) float32 (float64 for float64 weights). A layer of
     one filter, or of filters without weights, has distance 0. Weights are detached: there is no gradient.

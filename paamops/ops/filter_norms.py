@@ -72,7 +72,7 @@ def check_filters(weights, axes, groups):
             )
         if axis == 0 and group != 1:
             raise ValueError(f"groups[{layer}] is {group}; it must be 1 where the filters lie along axis 0")
-        if group < 1 or weight.shape[0] % group and axis == 1:
+        if group < 1 or (axis == 1 and weight.shape[0] % group):
             raise ValueError(f"groups[{layer}] is {group}; it must divide the first dimension, {weight.shape[0]}")
     return [weight.detach() for weight in weights], *lists
 

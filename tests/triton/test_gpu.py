@@ -8,6 +8,8 @@ import torch
 from paamops.ops.activation_attention import activation_attention
 from paamops.ops.cumulative_threshold import cumulative_threshold
 from paamops.ops.filter_attention import filter_attention, filter_attention_reference
+from paamops.ops.filter_distances import filter_distances, filter_distances_reference
+from paamops.ops.filter_norms import filter_norms, filter_norms_reference
 from paamops.ops.leaky_exponential import leaky_exponential
 from paamops.ops.pack_channels import pack_channels
 from paamops.ops.project_filters import project_filters
@@ -56,6 +58,7 @@ def test_the_kernels_serve():
     kernels = build_info()["kernels"]
     for op in ("activation_attention", "relu_attention", "cumulative_threshold", "pack_channels"):
         assert kernels[op]["cuda"] == kernels[op + "_backward" * (op != "cumulative_threshold")]["cuda"] == "Triton"
+    assert kernels["filter_norms"]["cuda"] == kernels["filter_distances"]["cuda"] == "Triton"
     for op in ("filter_attention", "project_filters", "leaky_exponential", "tempered_sigmoid", "scale_channels"):
         assert kernels[op]["cuda"] == kernels[f"{op}_backward"]["cuda"] == "Triton"
     assert kernels["scatter_channels"]["cuda"] == "Triton"  # its own backward
@@ -198,6 +201,25 @@ def test_scale_channels(shape, layout, dtype, without_sync):
     assert_close(actual[0], x.detach().double() * wide, dtype)
     assert_close(actual[1], grad.double() * wide, dtype)
     assert_close(actual[2] / terms, products.sum(space) / terms, accumulator(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", ["l1", "l2", "distances"])
+def test_filters(op, dtype, without_sync):
+    shapes = [(64, 3, 7, 7), *[(256, 64, 1, 1), (64, 64, 3, 3)] * 9, (512, 256, 3, 3), (1000, 2048), (64, 32, 4, 4)]
+    weights = [torch.randn(shape, device="cuda").to(dtype) for shape in shapes]
+    weights[2:9:3] = [weight.contiguous(memory_format=torch.channels_last) for weight in weights[2:9:3]]
+    axes, groups = [0] * (len(shapes) - 1) + [1], [1] * (len(shapes) - 1) + [4]
+
+    def both(weights):
+        return filter_distances(weights, axes, groups) if op == "distances" else filter_norms(weights, axes, groups, p)
+
+    p = 1 if op == "l1" else 2
+    actual, again = without_sync(both, weights), both(weights)
+    wide = [weight.double() for weight in weights], axes, groups
+    exact = filter_distances_reference(*wide) if op == "distances" else filter_norms_reference(*wide, p)
+    assert torch.equal(actual, again)
+    assert_close(actual, exact, accumulator(dtype))
 
 
 def test_pack_a_network():
