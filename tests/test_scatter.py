@@ -312,6 +312,7 @@ class Made(nn.Module):
         super().__init__()
         self.stem, self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1)
         self.depth, self.last = nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.Conv2d(6, 2, 1)
+        self.pool = nn.AvgPool2d(3, 1, 1)
         self.add = forward
 
     def forward(self, x):
@@ -327,6 +328,7 @@ TIED = {
     "used twice": lambda s, x: (x := x + s.a(x)) + s.a(x),
     "without a module": lambda s, x: x + F.conv2d(x, s.a.weight),
     "depthwise on the stream": lambda s, x: x + s.depth(x),
+    "the stream, pooled": lambda s, x: F.conv2d(x, s.a.weight) + s.pool(x),
     "one map for all channels": lambda s, x: x + s.a(x)[:, :1],
 }  # fmt: skip
 
@@ -335,8 +337,7 @@ TIED = {
 def test_what_stays_tied(forward):
     model, x = Made(forward).double().eval(), torch.randn(2, 3, 5, 5, dtype=torch.float64)
     channels = paamops.trace(model, x, residual="scatter")
-    assert "a" not in channels.hosts
-    assert "depth" not in channels.hosts
+    assert not {"a", "depth", "pool"} & set(channels.hosts)
     check_law(model, x, channels, random_keep(channels, 0.5))
 
 
@@ -408,6 +409,20 @@ def test_a_branch_does_not_outlive_its_place_in_the_stream():
             names = [layer.name for layer in channels.layers]
             spared = sum(int(guarded[channels.sets[channels.filters == names.index(f"b.{k}")]].sum()) for k in range(3))
             assert lost <= spared
+
+
+@pytest.mark.parametrize(("writer", "count"), [("stem", 3), ("project", 1)])
+def test_a_branch_goes_with_its_place_in_the_stream(writer, count):
+    """Within the budget: where a channel of a stream scores low, the filters that are added to it are no better."""
+    model, (x,) = make(Basic)
+    channels = paamops.trace(model, x, residual="scatter")
+    layers = {layer.name: channels.sets[channels.filters == k] for k, layer in enumerate(channels.layers)}
+    scores = torch.ones(len(channels.filters))
+    scores[layers[writer][5]] = 0.1  # every filter is a set of its own here
+    selection = paamops.select(channels, scores, filters=len(scores) - count)
+    removed = {name: (~selection.keep[ids]).nonzero().flatten().tolist() for name, ids in layers.items()}
+    branches = {"stem": ("b.0", "b.1"), "project": ("b.2",)}[writer]
+    assert removed == {name: [5] if name in (writer, *branches) else [] for name in layers}
 
 
 def random_small(network=Basic, share=0.5):
@@ -595,9 +610,9 @@ def test_a_scatter_that_no_pack_put_there():
     """Its channels stay; what reads and what feeds it is pruned as ever."""
     index = torch.tensor([4, 0, 2])
     scatter = scattering.Scatter(index, scattering.inverse(index, 6))
-    model = nn.Sequential(scatter, nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)).double().eval()
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), scatter, nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)).double()
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
     channels = paamops.trace(model, x)
-    small = check_law(model, x, channels, random_keep(channels, 0.3))
-    assert small[1].in_channels == 6
+    assert channels.pinned[:3].all()
+    check_law(model.eval(), x, channels, random_keep(channels, 0.3))
     assert repr(scatter) == "Scatter(3 of 6 channels)"
