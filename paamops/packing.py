@@ -203,14 +203,15 @@ def fit_sizes(module):
 @contextlib.contextmanager
 def _fitting_bare_norms(model):
     """A norm without a tensor holds a number of channels too: while the model runs, it becomes that of its input."""
+    found = {}
 
     def fit(module, args):
         x = args[0]
-        if isinstance(module, nn.GroupNorm):
-            if module.num_groups == module.num_channels:
-                module.num_groups = module.num_channels = x.size(1)
-        else:
-            module.num_features = x.size(x.dim() - module._get_no_batch_dim())
+        if not isinstance(module, nn.GroupNorm):
+            found[module] = {"num_features": x.size(x.dim() - module._get_no_batch_dim())}
+        elif module.num_groups == module.num_channels:
+            found[module] = dict.fromkeys(("num_groups", "num_channels"), x.size(1))
+        vars(module).update(found.get(module, {}))
 
     kinds = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
     norms = [module for module in model.modules() if isinstance(module, kinds)]
@@ -221,6 +222,8 @@ def _fitting_bare_norms(model):
     finally:
         for hook in hooks:
             hook.remove()
+        for module, sizes in found.items():  # a run on the meta device has put back what the module was before it
+            vars(module).update(sizes)
 
 
 def verify(original, small, channels, keep, indices):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import paamops
-from paamops import scattering
+from paamops import saving, scattering
 from paamops.packing import kept_indices
 from tests import networks
 from tests.test_packing import random_keep
@@ -468,6 +468,7 @@ def test_a_tampered_index_is_refused(tmp_path):
     source, index = f"{path}.scatter.source", f"{path}.scatter.index"
 
     def write(tensors, header):
+        header = {**header, "digest": saving.digest(header, tensors)}  # as whoever means it would
         (tmp_path / "bad").write_bytes(safetensors.torch.save(tensors, metadata={"paamops": json.dumps(header)}))
         return tmp_path / "bad"
 
