@@ -48,6 +48,7 @@ class ChannelMap:
         scales: names of the scales γ of batch norms, and of other norms over each channel apart, that the channels of
             layers pass through.
         unused: names of weights that the forward pass did not use; `pack` leaves them as they are.
+        whole: names of weights that it used, but of which nothing can go: a weight that another is computed from, say.
         axes: name of a parameter or buffer -> for every axis None, or an int64 array with the set of each index (-1 for
             an index that no set covers): the whole instruction for packing.
         read_axes: name of a layer's weight -> its axes that read channels: where `mask` writes zeros.
@@ -93,6 +94,9 @@ class ChannelMap:
         self._lay_out(tensors, parameters, tracer.calls, set_of, count, batch, tracer.other_flops)
         self._find_activations(tracer.calls, component, {str(op): n for op, n in tracer.counts.items()})
         self.depthwise = {layer.weight for layer in tracer.layers.values() if layer.kind.startswith("depthwise")}
+        weights = {layer.weight for layer in self.layers} | set(self.unused)
+        matrices = [name for name in tensors if name in parameters - weights and tensors[name].dim() > 1]
+        self.whole = [name for name in matrices if all(ids is None for ids in self.axes[name])]
         self.read_axes = {
             name: [axis for axis in sorted(axes) if self.axes[name][axis] is not None]
             for name, axes in tracer.read_axes.items()
@@ -389,6 +393,8 @@ class ChannelMap:
             lines += ["", f"residual branches with channels of their own, added into the stream by index: {hosts}"]
         if self.unused:
             lines += ["", "not used in this forward pass, so left as they are: " + ", ".join(self.unused)]
+        if self.whole:
+            lines += ["", "used, but nothing of them can go: " + ", ".join(self.whole)]
         if refused:
             lines += ["", "pinned:"]
             lines += [f"  {len(ids)} of {where}: {reason}" for (where, reason), ids in refused.items()]

@@ -296,16 +296,17 @@ def violations(tracer, channels):
 
 def _feeding(channels, found):
     """The layers whose filters are free to go among these components; where none is, of those that feed them."""
-    seen = set()
-    while found:
-        free = [component for component in found if channels.removable(component)]
-        seen.update(found)
-        layers = dict.fromkeys(name for component in free or found for name in channels.layer_of_component(component))
-        if free:
-            return layers
-        weights = [layer.weight for layer in channels.layers if layer.name in layers]
-        read = [channels.components[name][axis] for name in weights for axis in channels.read_axes.get(name, ())]
-        found = [int(c) for c in dict.fromkeys(np.concatenate(read).tolist()) if c not in seen] if read else []
+    found = np.array([component for component in found if component >= 0], np.int64)
+    seen = found[:0]
+    while len(found):
+        free = found[channels.removable(found)]
+        mine = free if len(free) else found
+        layers = [each for each in channels.layers if np.isin(channels.components[each.weight][each.axis], mine).any()]
+        if len(free):
+            return dict.fromkeys(layer.name for layer in layers)
+        seen = np.union1d(seen, found)
+        read = [channels.components[each.weight][axis] for each in layers for axis in channels.read_axes[each.weight]]
+        found = np.setdiff1d(np.concatenate(read), seen) if read else found[:0]
     return {}
 
 

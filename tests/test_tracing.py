@@ -156,6 +156,16 @@ def test_products_of_activations_cost_what_they_do():
         assert paamops.trace(model, torch.randn(count, tokens, width)).cost().flops == flops
 
 
+def test_a_computed_weight_stays_whole_and_is_told():
+    convolutions = nn.Conv2d(3, 8, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 6, 1)), nn.Conv2d(6, 4, 1)
+    model, x = nn.Sequential(*convolutions), torch.randn(2, 3, 4, 4)
+    channels = paamops.trace(model, x)
+    assert channels.whole == [f"1.parametrizations.weight.original{k}" for k in (0, 1)]
+    assert "nothing of them can go: 1.parametrizations.weight.original0" in channels.explain()
+    assert channels.pinned[sets_of(channels, "0")].all()
+    assert channels.cost().flops == 2 * 16 * (3 * 8 + 8 * 6 + 6 * 4)
+
+
 class Mixing(nn.Module):
     """Two convolutions with an arbitrary function between them."""
 
