@@ -114,11 +114,11 @@ class ChannelMap:
                     arrays.append(None)
                     size *= len(ids)
                     continue
-                arrays.append(ids)
                 key = ids.tobytes()
                 if key not in numbers:
                     numbers[key] = len(members)
                     members.append(ids)
+                arrays.append(members[numbers[key]])  # axes with the same sets share one array
                 slot.append(numbers[key])
             self.axes[name] = tuple(arrays)
             slots.append(slot)
