@@ -102,7 +102,9 @@ class ChannelMap:
             for name, axes in tracer.read_axes.items()
         }
         self.hosts = {}
-        self.scatters = {name: (source, tensors[source].detach().cpu().clone()) for name, source in tracer.scatters.items()}
+        self.scatters = {
+            name: (source, tensors[source].detach().cpu().clone()) for name, source in tracer.scatters.items()
+        }
 
     def _pin(self, pins, component, set_of, count):
         reasons = np.full(count, "", object)
@@ -130,11 +132,11 @@ class ChannelMap:
                     arrays.append(None)
                     size *= len(ids)
                     continue
-                arrays.append(ids)
                 key = ids.tobytes()
                 if key not in numbers:
                     numbers[key] = len(members)
                     members.append(ids)
+                arrays.append(members[numbers[key]])  # axes with the same sets share one array
                 slot.append(numbers[key])
             self.axes[name] = tuple(arrays)
             slots.append(slot)

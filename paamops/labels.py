@@ -83,6 +83,11 @@ def varying(field):
     return tuple([d for d, (size, stride) in enumerate(sizes) if size > 1 and stride != 0])
 
 
+def row(field, dim):
+    """The labels of a field that changes along `dim` alone."""
+    return field.as_strided((field.size(dim),), (field.stride(dim),))
+
+
 def core(field, keep=()):
     """The field with every dimension along which it does not change cut to size 1, but for those in `keep`."""
     shape, strides = field.shape, field.stride()

@@ -159,7 +159,7 @@ def kept_indices(channels, keep):
             if ids is None:
                 result[name].append(None)
                 continue
-            key = ids.tobytes()
+            key = id(ids)
             if key not in shared:
                 shared[key] = _kept(ids, keep).nonzero().flatten()
             result[name].append(shared[key] if len(shared[key]) < len(ids) else None)

