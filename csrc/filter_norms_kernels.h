@@ -45,11 +45,20 @@ PAAMOPS_TARGET void stretch_tasks(const Filters& layer, int64_t begin, int64_t e
   const Plan& plan = layer.plan;
   const T* data = static_cast<const T*>(layer.data);
   const T* limit = data + layer.base(layer.count - 1) + plan.pixels;
+  const int64_t count = layer.filter.size;
+  int64_t f = begin / plan.chunks, part = begin % plan.chunks, group = f / count, within = f % count;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t f = task / plan.chunks, part = task % plan.chunks, first = part * plan.chunk;
-    const int64_t size = std::min(plan.chunk, plan.pixels - first);
-    const double sum = stretch_sum<T, P>(data + layer.base(f) + first, size, limit);
+    const T* x = data + group * layer.group.stride + within * layer.filter.stride + part * plan.chunk;
+    const double sum = stretch_sum<T, P>(x, std::min(plan.chunk, plan.pixels - part * plan.chunk), limit);
     sums[part * layer.count + f] = static_cast<typename Traits<T>::A>(sum);
+    if (++part == plan.chunks) {  // counted up, since divisions take as long as a short filter
+      part = 0;
+      ++f;
+      if (++within == count) {
+        within = 0;
+        ++group;
+      }
+    }
   }
 }
 
