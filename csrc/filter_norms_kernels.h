@@ -21,7 +21,8 @@ INLINE double stretch_sum(const T* x, int64_t size, const T* limit) {
     V s0{}, s1{}, s2{}, s3{};
     int64_t i = begin;
     for (; i + 4 * L <= end; i += 4 * L) {
-      __builtin_prefetch(reinterpret_cast<const char*>(x + i) + kPrefetch);
+      const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetch;
+      for (size_t line = 0; line < 4 * L * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
       s0 += norm_term<T, P>(load(x + i));
       s1 += norm_term<T, P>(load(x + i + L));
       s2 += norm_term<T, P>(load(x + i + 2 * L));
@@ -44,11 +45,20 @@ PAAMOPS_TARGET void stretch_tasks(const Filters& layer, int64_t begin, int64_t e
   const Plan& plan = layer.plan;
   const T* data = static_cast<const T*>(layer.data);
   const T* limit = data + layer.base(layer.count - 1) + plan.pixels;
+  const int64_t count = layer.filter.size;
+  int64_t f = begin / plan.chunks, part = begin % plan.chunks, group = f / count, within = f % count;
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t f = task / plan.chunks, part = task % plan.chunks, first = part * plan.chunk;
-    const int64_t size = std::min(plan.chunk, plan.pixels - first);
-    const double sum = stretch_sum<T, P>(data + layer.base(f) + first, size, limit);
+    const T* x = data + group * layer.group.stride + within * layer.filter.stride + part * plan.chunk;
+    const double sum = stretch_sum<T, P>(x, std::min(plan.chunk, plan.pixels - part * plan.chunk), limit);
     sums[part * layer.count + f] = static_cast<typename Traits<T>::A>(sum);
+    if (++part == plan.chunks) {  // counted up, since divisions take as long as a short filter
+      part = 0;
+      ++f;
+      if (++within == count) {
+        within = 0;
+        ++group;
+      }
+    }
   }
 }
 
