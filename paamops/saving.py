@@ -12,8 +12,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from paamops import models, plan, scattering
-from paamops.tracing import leaves
+from paamops import models, plan, scattering, tracing
 from paamops.wrapping import unwrapped
 
 VERSION = 2  # of what is written under the header's key "paamops"
@@ -175,7 +174,9 @@ def built_by(function):
             model = function()
         # A tensor that is no parameter or buffer would not be replaced.
         tables = ("_parameters", "_buffers", "_modules")
-        others = [leaves([value for key, value in vars(m).items() if key not in tables]) for m in model.modules()]
+        others = [
+            tracing.leaves([value for key, value in vars(m).items() if key not in tables]) for m in model.modules()
+        ]
         if not any(tensor.is_meta for tensor in itertools.chain(*others)):
             return model
     except Exception:  # it looks at the values of its tensors, or it fails: then it does so again, and is heard
@@ -281,7 +282,7 @@ def install_kept(path, model, full, header):
     """Let the model know which indices of the full-size network, whose shapes are `full`, it has kept."""
     if header["kept"] is None:  # it never was packed
         return
-    tensors, kept = named_tensors(model), {}
+    tensors, kept = tracing.named_tensors(model), {}  # by their first names, as `plan` has them
     try:
         if not all(isinstance(vector, list) and is_size(vector) for vector in header["kept"]["vectors"]):
             raise ValueError("indices are whole numbers")

@@ -294,6 +294,16 @@ def test_a_file_of_format_1_is_read(tmp_path):
     check_law(again, inputs, random_keep(other := paamops.trace(again, inputs), 0.5), other)
 
 
+def test_kept_indices_of_a_second_name(tmp_path):
+    model, inputs = networks.make(networks.Repeated)
+    channels = paamops.trace(model, inputs)
+    save(paamops.pack(model, channels, random_keep(channels, 0.5)), tmp_path / "m")
+    load(tmp_path / "m", networks.Repeated)
+    rewrite(tmp_path / "m", lambda t, h: h["kept"]["axes"].update({"other.weight": h["kept"]["axes"]["one.weight"]}))
+    with pytest.raises(ValueError, match=r"m: its header's kept indices .*other.weight"):
+        load(tmp_path / "m", networks.Repeated)
+
+
 def kept_of(change):
     """A change of the kept indices of a packed network's file."""
     return lambda tensors, header: change(header["kept"])
