@@ -43,7 +43,7 @@ def test_dtypes(dtype, layout):
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-@pytest.mark.parametrize("shape", [*SPLIT, (70, 40, 1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [*SPLIT, (70, 10, 1, 2)], ids=str)
 def test_split_over_programs(shape, layout, monkeypatch):
     monkeypatch.setattr(scattering, "processors", lambda x: 1000)
     monkeypatch.setattr(tiling, "TILE", 512)
