@@ -79,6 +79,7 @@ def test_the_rows_run_on_torch_pruning():
     assert not found["PixelShuffle"]["torch-pruning"]["holds"]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_times_are_taken_in_turns():
     pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
