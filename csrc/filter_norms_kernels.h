@@ -21,8 +21,6 @@ INLINE double stretch_sum(const T* x, int64_t size, const T* limit) {
     V s0{}, s1{}, s2{}, s3{};
     int64_t i = begin;
     for (; i + 4 * L <= end; i += 4 * L) {
-      const char* ahead = reinterpret_cast<const char*>(x + i) + kPrefetch;
-      for (size_t line = 0; line < 4 * L * sizeof(T); line += 64) __builtin_prefetch(ahead + line);
       s0 += norm_term<T, P>(load(x + i));
       s1 += norm_term<T, P>(load(x + i + L));
       s2 += norm_term<T, P>(load(x + i + 2 * L));
