@@ -92,7 +92,8 @@ class ChannelMap:
             for name, axes in tracer.read_axes.items()
         }
         self.hosts = {}
-        self.scatters = {name: (source, tensors[source].detach().cpu().clone()) for name, source in tracer.scatters.items()}
+        inverses = {name: (source, tensors[source].detach().cpu()) for name, source in tracer.scatters.items()}
+        self.scatters = {name: (source, values.clone()) for name, (source, values) in inverses.items()}
 
     def _pin(self, pins, component, set_of, count):
         reasons = np.full(count, "", object)
