@@ -1,4 +1,4 @@
-"""scatter_channels against eager PyTorch's zeros and index_copy, torch.compile and a copy of the result; its backward."""
+"""scatter_channels against eager zeros and index_copy, torch.compile and a copy of the result; and the way back."""
 
 import math
 
@@ -58,7 +58,7 @@ def backward(shape, dtype, layout):
     """The same op the other way: what the kept channels got is read and written, the rest is not touched."""
 
     def make(device):
-        x, index, source = inputs(shape, dtype, layout, device)
+        _, index, source = inputs(shape, dtype, layout, device)
         grad = torch.rand(shape, device=device).to(dtype).contiguous(memory_format=LAYOUTS[layout])
         return grad, source, index
 

@@ -242,7 +242,8 @@ def pointwise(tracer, op, args, kwargs, out):
                 break
         else:
             merged.append(field)
-    finish_pointwise(tracer, op, args, kwargs, out, [lb.resized(f, out.shape) for f in merged if f is not None], tensors)
+    fields = [lb.resized(field, out.shape) for field in merged if field is not None]
+    finish_pointwise(tracer, op, args, kwargs, out, fields, tensors)
 
 
 def finish_pointwise(tracer, op, args, kwargs, out, fields, tensors):
