@@ -140,18 +140,21 @@ def fit_sizes(module):
 def _fitting_bare_norms(model):
     """A norm without a tensor holds a number of channels too: while the model runs, it becomes that of its input."""
 
-    def fit(module, args):
-        x = args[0]
-        if isinstance(module, nn.GroupNorm):
-            if module.num_groups == module.num_channels:
-                module.num_groups = module.num_channels = x.size(1)
-        else:
-            module.num_features = x.size(x.dim() - module._get_no_batch_dim())
+    def fitting(norm):
+        def fit(module, args):
+            for each in (module, norm):  # the one that runs, which may be a copy, and the one that is kept
+                if isinstance(each, nn.GroupNorm):
+                    if each.num_groups == each.num_channels:
+                        each.num_groups = each.num_channels = args[0].size(1)
+                else:
+                    each.num_features = args[0].size(args[0].dim() - each._get_no_batch_dim())
+
+        return fit
 
     kinds = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
     norms = [module for module in model.modules() if isinstance(module, kinds)]
     bare = [norm for norm in norms if not [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]]
-    hooks = [module.register_forward_pre_hook(fit) for module in bare]
+    hooks = [norm.register_forward_pre_hook(fitting(norm)) for norm in bare]
     try:
         yield
     finally:
