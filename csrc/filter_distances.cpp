@@ -20,27 +20,8 @@ constexpr int64_t kSide = 64;    // filters of a block
 constexpr int64_t kDepth = 512;  // weights of a filter that are laid out at a time
 constexpr int64_t kGap = 16;     // between the filters, lest they share the lines of the first-level cache
 
-namespace base {
-#define PAAMOPS_TARGET
-#define PAAMOPS_SIDE 2
-#include "filter_distances_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace base
-#if PAAMOPS_X86
-namespace v3 {
-#define PAAMOPS_TARGET PAAMOPS_V3
-#include "filter_distances_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v3
-#undef PAAMOPS_SIDE
-#define PAAMOPS_SIDE 4
-namespace v4 {
-#define PAAMOPS_TARGET PAAMOPS_V4
-#include "filter_distances_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v4
-#endif
-#undef PAAMOPS_SIDE
+#define PAAMOPS_KERNELS "filter_distances_kernels.h"
+#include "every_instruction_set.h"
 
 namespace {
 

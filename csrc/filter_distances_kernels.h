@@ -43,7 +43,7 @@ PAAMOPS_TARGET void add_squares(const typename Traits<T>::A* one, const typename
                                 int64_t columns, int64_t size, bool same, double* sums) {
   using A = typename Traits<T>::A;
   using V = typename Traits<T>::V;
-  constexpr int64_t L = Traits<T>::kLanes, N = PAAMOPS_SIDE, kRow = kDepth + kGap;
+  constexpr int64_t L = Traits<T>::kLanes, N = PAAMOPS_BYTES == 64 ? 4 : 2, kRow = kDepth + kGap;
   for (int64_t i = 0; i < rows; i += N) {
     for (int64_t j = same ? i : 0; j < columns; j += N) {
       V total[N][N] = {};

@@ -9,23 +9,8 @@
 
 namespace paamops {
 
-namespace base {
-#define PAAMOPS_TARGET
-#include "filter_norms_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace base
-#if PAAMOPS_X86
-namespace v3 {
-#define PAAMOPS_TARGET PAAMOPS_V3
-#include "filter_norms_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v3
-namespace v4 {
-#define PAAMOPS_TARGET PAAMOPS_V4
-#include "filter_norms_kernels.h"
-#undef PAAMOPS_TARGET
-}  // namespace v4
-#endif
+#define PAAMOPS_KERNELS "filter_norms_kernels.h"
+#include "every_instruction_set.h"
 
 namespace {
 

@@ -205,18 +205,21 @@ def _fitting_bare_norms(model):
     """A norm without a tensor holds a number of channels too: while the model runs, it becomes that of its input."""
     found = {}
 
-    def fit(module, args):
-        x = args[0]
-        if not isinstance(module, nn.GroupNorm):
-            found[module] = {"num_features": x.size(x.dim() - module._get_no_batch_dim())}
-        elif module.num_groups == module.num_channels:
-            found[module] = dict.fromkeys(("num_groups", "num_channels"), x.size(1))
-        vars(module).update(found.get(module, {}))
+    def fitting(norm):
+        def fit(module, args):  # the norm that runs may be a copy of the one that is kept
+            x = args[0]
+            if not isinstance(norm, nn.GroupNorm):
+                found[norm] = {"num_features": x.size(x.dim() - norm._get_no_batch_dim())}
+            elif norm.num_groups == norm.num_channels:
+                found[norm] = dict.fromkeys(("num_groups", "num_channels"), x.size(1))
+            vars(module).update(found.get(norm, {}))
+
+        return fit
 
     kinds = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
     norms = [module for module in model.modules() if isinstance(module, kinds)]
     bare = [norm for norm in norms if not [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]]
-    hooks = [module.register_forward_pre_hook(fit) for module in bare]
+    hooks = [norm.register_forward_pre_hook(fitting(norm)) for norm in bare]
     try:
         yield
     finally:
