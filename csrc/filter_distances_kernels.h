@@ -1,6 +1,6 @@
 // The vector code of filter_distances. No include guard: it is included once per instruction set, after
-// attention_kernels.h (loads, sums over lanes), with PAAMOPS_TARGET naming the set and PAAMOPS_SIDE the filters of
-// either side whose pairs' sums fit its registers.
+// attention_kernels.h (loads, sums over lanes), with PAAMOPS_TARGET naming the set. PAAMOPS_BYTES says how many
+// filters of either side have pairs whose sums fit its registers.
 #define INLINE PAAMOPS_TARGET inline __attribute__((always_inline))
 
 // The weights begin … end of `count` filters from `first` on, in rows kDepth + kGap apart; zeros up to whole vectors, and
