@@ -306,7 +306,7 @@ def run_without_values(model, tensors, vectors, inputs, make):
     meta = hollow.emptied(tensors)
     tracer = make(meta, vectors, without_values=True)
     try:
-        with evaluating(model), unfused_attention(model, tracer), hollow.calling(model, meta, inputs) as (call, shapes):
+        with hollow.calling(model, meta, inputs) as (call, shapes), evaluating(model), unfused_attention(model, tracer):
             follow(tracer, call, shapes)
     except ForwardError:  # what it is, the run with values says
         return None
@@ -381,7 +381,7 @@ def names_of(model, tensors, pinned):
 def evaluating(model):
     """The model in eval mode; every module's own mode, and what the forward pass wrote into buffers, is put back."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
     model.eval()
     try:
         yield
