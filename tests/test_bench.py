@@ -1,7 +1,7 @@
 """The bench harness: it refuses wrong results, times in turns, and stores what it measured."""
 
 import json
-import time
+import types
 
 import pytest
 import torch
@@ -42,13 +42,21 @@ def test_nested_results_are_compared_tensor_by_tensor():
     harness.verify(case(run=lambda x: (x, [x > 0, x]), check=lambda x: [x.double(), (x > 0, x)]), (torch.randn(10),))
 
 
-def test_ratio_is_the_baseline_over_ours():
-    def sleeper(seconds):
-        return lambda x: (time.sleep(seconds), x * 2)[1]
+def test_ratio_is_the_baseline_over_ours(monkeypatch):
+    clock = [0.0]  # which nothing but the functions moves
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
 
-    slow = case(run=sleeper(0.002), baselines={"slower": sleeper(0.02)}, target={"slower": 3, "absent": 1}, bytes=1000)
+    def lasting(seconds):
+        def function(x):
+            clock[0] += seconds
+            return x * 2
+
+        return function
+
+    slow = case(run=lasting(0.002), baselines={"slower": lasting(0.02)}, target={"slower": 3, "absent": 1}, bytes=1000)
     result = harness.measure(slow, "cpu", 0.05)
-    assert result["ratio"]["slower"] > 3
+    assert result["ratio"]["slower"] == pytest.approx(10)
+    assert result["times"]["ours"]["median"] == pytest.approx(2)
     assert result["target"]["slower"]["met"]
     assert not result["target"]["absent"]["met"]
     assert result["times"]["ours"]["p20"] <= result["times"]["ours"]["median"] <= result["times"]["ours"]["p80"]
