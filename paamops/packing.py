@@ -203,29 +203,28 @@ def fit_sizes(module):
 @contextlib.contextmanager
 def _fitting_bare_norms(model):
     """A norm without a tensor holds a number of channels too: while the model runs, it becomes that of its input."""
+
     found = {}
 
-    def fitting(norm):
-        def fit(module, args):  # the norm that runs may be a copy of the one that is kept
-            x = args[0]
-            if not isinstance(norm, nn.GroupNorm):
-                found[norm] = {"num_features": x.size(x.dim() - norm._get_no_batch_dim())}
-            elif norm.num_groups == norm.num_channels:
-                found[norm] = dict.fromkeys(("num_groups", "num_channels"), x.size(1))
-            vars(module).update(found.get(norm, {}))
-
-        return fit
+    def fit(module, args):
+        x = args[0]
+        if isinstance(module, nn.GroupNorm):
+            own = module.num_groups == module.num_channels
+            found[module] = {"num_groups": x.size(1), "num_channels": x.size(1)} if own else {}
+        else:
+            found[module] = {"num_features": x.size(x.dim() - module._get_no_batch_dim())}
+        vars(module).update(found[module])
 
     kinds = (nn.GroupNorm, nn.modules.instancenorm._InstanceNorm)
     norms = [module for module in model.modules() if isinstance(module, kinds)]
     bare = [norm for norm in norms if not [*norm.parameters(recurse=False), *norm.buffers(recurse=False)]]
-    hooks = [norm.register_forward_pre_hook(fitting(norm)) for norm in bare]
+    hooks = [norm.register_forward_pre_hook(fit) for norm in bare]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        for module, sizes in found.items():  # a run on the meta device has put back what the module was before it
+        for module, sizes in found.items():  # a run without values may have put the modules' attributes back
             vars(module).update(sizes)
 
 
