@@ -2,9 +2,11 @@
 
 import torch
 
+from paamops import scattering
 from paamops.ops.filter_distances import filter_distances
 from paamops.ops.filter_norms import filter_norms
 from paamops.tracing import named_tensors
+from paamops.wrapping import unwrapped
 
 CRITERIA = ("l1", "l2", "geometric_median", "batch_norm", "random")
 
@@ -48,9 +50,12 @@ def weight_scores(model, channels, criterion="l2", seed=0):
     if criterion == "batch_norm":
         return _scales(tensors, channels).to(weights[0].device)
     op, extra = (filter_distances, {}) if criterion == "geometric_median" else (filter_norms, {"p": int(criterion[1])})
-    axes = [layer.axis for layer in channels.layers]
-    # The filters of a transposed convolution are those of one group, as often as it has groups.
-    groups = [len(layer.rows) // tensors[layer.weight].size(layer.axis) for layer in channels.layers]
+    # The filters of a transposed convolution are those of one group, as often as it has groups; where it is depthwise,
+    # they lie along axis 1 all the same, though its channels go along axis 0.
+    axes = [layer.axis if len(layer.rows) <= len(tensors[layer.weight]) else 1 for layer in channels.layers]
+    groups = [
+        len(layer.rows) // tensors[layer.weight].size(axis) for layer, axis in zip(channels.layers, axes, strict=True)
+    ]
     kinds = {}
     for layer, weight in enumerate(weights):
         kinds.setdefault((weight.dtype, weight.device), []).append(layer)
@@ -66,8 +71,10 @@ def weight_scores(model, channels, criterion="l2", seed=0):
 
 def _tensors(model, channels):
     """The model's parameters and buffers by name, which are those of the traced network."""
-    tensors = named_tensors(model)
+    tensors, scatters = named_tensors(unwrapped(model)), scattering.names(channels.hosts)
     for name, vectors in channels.components.items():
+        if name in scatters:  # of the packed network
+            continue
         shape = tuple(map(len, vectors))
         if name not in tensors:
             raise ValueError(f"model has no {name}; it must be the traced network, or one of the same architecture")

@@ -32,8 +32,17 @@ SAME_PATH = {
     "view", "_unsafe_view", "_reshape_alias", "permute", "transpose", "t", "unsqueeze", "squeeze", "expand", "repeat",
     "pixel_shuffle", "pixel_unshuffle", "slice", "select", "split", "split_with_sizes", "unbind", "cat", "stack",
     "constant_pad_nd", "detach", "alias", "clone",
-    # made anew
-    "empty", "zeros", "ones", "full", "arange", "linspace", "zeros_like", "ones_like", "new_zeros", "new_ones",
+    # memory for running statistics that are not there
+    "empty",
+}  # fmt: skip
+
+
+BY_FORMAT = {
+    "convolution", "native_batch_norm", "_native_batch_norm_legit_no_training", "native_group_norm",
+    "native_layer_norm", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
+    "upsample_bilinear2d", "reflection_pad2d", "replication_pad2d", "constant_pad_nd", "pixel_shuffle",
+    "pixel_unshuffle", "cat", "stack",
 }  # fmt: skip
 
 
@@ -127,23 +136,33 @@ def result(op, inputs, args, kwargs):
 
 
 def same_on_the_cpu(op, inputs):
-    """Whether a run on the meta device that has come to this op is still the one that the CPU would do."""
-    return takes_the_same_path(op) and all(tensor.is_meta for tensor in inputs)
+    """Whether a run on the meta device that has come to this op is still the one that the CPU would do.
+
+    Layers and windows choose the memory format of their results otherwise there, and what a linear layer runs as
+    depends on it: of tensors that are not contiguous they run for real.
+    """
+    same, by_format = path(op)
+    return same and all(tensor.is_meta and (tensor.is_contiguous() or not by_format) for tensor in inputs)
 
 
 @functools.cache
-def takes_the_same_path(op):
-    return op._schema.name.removeprefix("aten::") in SAME_PATH
+def path(op):
+    """(whether it is one of SAME_PATH, whether of BY_FORMAT)."""
+    name = op._schema.name.removeprefix("aten::")
+    return name in SAME_PATH, name in BY_FORMAT
 
 
 def can_stand_for(model, tensors, inputs):
     """Whether a run on the meta device may stand for one of this model with its own tensors: plain ones on the CPU.
 
-    Recurrent layers choose their kernels before any op shows.
+    Recurrent layers choose their kernels before any op shows, and hooks may keep what they are given.
     """
     inputs = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, torch.Tensor)]
     plain = all(t.is_cpu and type(t) in (torch.Tensor, torch.nn.Parameter) for t in (*tensors, *inputs))
-    return plain and not any(isinstance(module, torch.nn.RNNBase) for module in model.modules())
+    return plain and not any(
+        isinstance(module, torch.nn.RNNBase) or module._forward_hooks or module._forward_pre_hooks
+        for module in model.modules()
+    )
 
 
 def emptied(tensors):

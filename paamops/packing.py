@@ -93,9 +93,11 @@ def pack(model, channels, keep, optimizer=None):
     Whatever is raised, model and optimizer are as they were.
     """
     keep, model = channels.check(keep), unwrapped(model)
-    if isinstance(model, AveragedModel) and tracing.named_tensors(model).keys() != channels.components.keys():
-        small = pack(model.module, channels, keep, optimizer)
-        return copy.deepcopy(model, {id(model.module): small})
+    traced = channels.components.keys() - scattering.names(channels.hosts)
+    if isinstance(model, AveragedModel) and tracing.named_tensors(model).keys() != traced:
+        small = copy.deepcopy(model, {id(model.module): nn.Identity()})
+        small.module = pack(model.module, channels, keep, optimizer)
+        return small
     with scattering.installed(model, channels.hosts):
         return _pack(model, channels, keep, optimizer)
 

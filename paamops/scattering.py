@@ -26,10 +26,15 @@ from torch import nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from paamops import labels as lb
-from paamops import rules, tracing
+from paamops import tracing
 from paamops.ops.scatter_channels import inverse, plain, renumbered, scatter_channels_op
 
 NAME = "scatter"  # of the submodule of a host
+# What may follow a host before the sum: a channel that it leaves at zero adds zero.
+ZERO_STAYS = {
+    "relu", "hardtanh", "hardswish", "silu", "gelu", "leaky_relu", "elu", "tanh", "mul", "div", "neg",
+    "native_dropout", "detach", "alias", "clone", "_to_copy", "contiguous", "constant_pad_nd",
+}  # fmt: skip
 
 
 class Scatter(nn.Module):
@@ -134,7 +139,12 @@ def remove_idle(model):
 
 def buffers(model):
     """The names of the buffers of the scatters of a model, which the network that it was made from does not have."""
-    return {f"{path}.{NAME}.{each}" for path in scatters(model) for each in ("index", "source")}
+    return names(scatters(model))
+
+
+def names(hosts):
+    """The names of the buffers that scatters at these paths have."""
+    return {f"{path}.{NAME}.{each}" for path in hosts for each in ("index", "source")}
 
 
 def sizes(model):
@@ -252,7 +262,7 @@ class _Sums(tracing.Tracer):
             self.sums.append([(self.look(t), self.is_branch(t), t.size(1)) for t in args[:2] if self.has_channels(t)])
         out = super().__torch_dispatch__(op, types, args, kwargs)
         depth = max((each.depth for each in seen), default=0) + (len(self.calls) > calls)
-        follows = rules.find(op) in (rules.pointwise, rules.dropout, rules.same, rules.batch_norm)
+        follows = op._schema.name.removeprefix("aten::").removesuffix("_") in ZERO_STAYS
         for each in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(each, torch.Tensor):
                 wide = [s for t, s in zip(tensors, seen, strict=True) if t.shape == each.shape]

@@ -5,6 +5,7 @@ No list of layer types and no second-guessing of the model's code: labels flow t
 """
 
 import contextlib
+import weakref
 
 import numpy as np
 import torch
@@ -47,6 +48,7 @@ class Tracer(TorchDispatchMode):
     def __init__(self, tensors, vectors, depthwise=None, without_values=False):
         super().__init__()
         self.without_values, self.refused = without_values, False
+        self.made = []  # references to what a run without values has made
         self.vectors = vectors
         self.depthwise = depthwise  # weights of depthwise convolutions where they are known: shapes do not always tell
         self.known = lb.ByTensor()
@@ -76,6 +78,9 @@ class Tracer(TorchDispatchMode):
             self.refused = True
             raise RuntimeError(f"{op} may run otherwise on the CPU")
         out = hollow.result(op, self.inputs, args, kwargs)
+        if self.without_values:
+            given = set(map(id, self.inputs))  # in place
+            self.made += [weakref.ref(t) for t in self.tensors((out,), {}) if id(t) not in given]
         self.counts[op] = self.counts.get(op, 0) + 1
         labelled = [self.known[t] for t in self.inputs if t in self.known]
         self.used.update(each.parameter for each in labelled if each.parameter)
@@ -310,7 +315,8 @@ def run_without_values(model, tensors, vectors, inputs, make):
             follow(tracer, call, shapes)
     except ForwardError:  # what it is, the run with values says
         return None
-    return None if tracer.refused else tracer
+    kept = any(made() is not None for made in tracer.made)  # by something that cannot be put back: it wants values
+    return None if tracer.refused or kept else tracer
 
 
 def follow(tracer, model, inputs):
@@ -381,7 +387,11 @@ def names_of(model, tensors, pinned):
 def evaluating(model):
     """The model in eval mode; every module's own mode, and what the forward pass wrote into buffers, is put back."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
+    buffers = [
+        (buffer, buffer._version, buffer.clone())
+        for buffer in model.buffers()
+        if not (buffer.is_meta or buffer.is_inference())
+    ]
     model.eval()
     try:
         yield

@@ -211,6 +211,22 @@ def test_nan_weights_are_left_for_select_to_refuse():
         paamops.select(channels, scores, params=0.5)
 
 
+def test_of_branches_that_are_added_by_index_and_of_a_wrapped_model():
+    model, x = paamops.models.build("resnet20", in_channels=3, num_classes=10).eval(), torch.randn(1, 3, 16, 16)
+    for channels in (paamops.trace(model, x), paamops.trace(model, x, residual="scatter")):
+        for criterion in CRITERIA:
+            found = paamops.weight_scores(model, channels, criterion)
+            assert found.shape == channels.filters.shape
+            assert torch.equal(paamops.weight_scores(nn.DataParallel(model), channels, criterion), found)
+
+
+def test_depthwise_transposed_layers_with_several_filters_of_a_channel():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ConvTranspose2d(8, 16, 3, groups=8), nn.Conv2d(16, 4, 1)).double()
+    channels = paamops.trace(model, torch.randn(1, 3, 8, 8).double())
+    found = paamops.weight_scores(model, channels, "l2")[8:24]
+    torch.testing.assert_close(found, model[1].weight.detach().flatten(2).norm(dim=2).flatten())
+
+
 def test_bad_arguments():
     model, inputs = make(NETWORKS[0])
     channels = paamops.trace(model, inputs)

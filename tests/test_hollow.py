@@ -143,7 +143,7 @@ class Keeper(nn.Module):
 
     def forward(self, x):
         if not hasattr(self, "ramp"):
-            self.ramp = torch.linspace(0.5, 1.5, x.shape[-1], device=x.device)
+            self.ramp = x[0, 0, 0] + 0.5
         self.last = self.by_name["y"] = F.relu(self.a(x * self.ramp))
         self.all.append(self.last)
         self.count += 1
@@ -162,6 +162,54 @@ def test_nothing_without_values_is_left_behind():
     small, twin = paamops.pack(model, channels, keep), paamops.mask(model, channels, keep)
     torch.testing.assert_close(small(x), twin(x))
     assert not any(t.is_meta for t in (small.ramp, small.last, *small.all, *small.by_name.values()))
+
+
+class Tokens(nn.Module):
+    """Linear layers over the positions of a map: what they run as follows from its memory format."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 8, 3), nn.Linear(8, 6), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.c(F.relu(self.b(F.relu(self.a(x)).permute(0, 2, 3, 1))).mean((1, 2)))
+
+
+@pytest.mark.parametrize("of_input", [False, True])
+@pytest.mark.parametrize("of_model", [False, True])
+def test_memory_formats_are_those_of_the_cpu(of_input, of_model):
+    model, x = Tokens().eval(), torch.randn(2, 3, 8, 8)
+    x = x.to(memory_format=torch.channels_last) if of_input else x
+    model = model.to(memory_format=torch.channels_last) if of_model else model
+    channels = paamops.trace(model, x)
+    assert len(paamops.score(model, channels, x)) == 18  # it finds the activations where the trace has seen them
+
+
+SEEN = {}
+
+
+class Elsewhere(nn.Module):
+    """It keeps what it has computed where nobody looks: deep within an attribute, and outside of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.cache = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3), {"of": {}}
+
+    def forward(self, x):
+        if "grid" not in self.cache["of"]:
+            self.cache["of"]["grid"] = torch.linspace(0.5, 1.5, x.shape[-1], device=x.device)
+        SEEN["last"] = F.relu(self.a(x * self.cache["of"]["grid"]))
+        return self.b(SEEN["last"])
+
+
+def test_what_cannot_be_put_back_has_values():
+    model, x = Elsewhere().eval(), torch.randn(2, 3, 8, 8)
+    hooked, found = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), []
+    hooked[1].register_forward_hook(lambda module, args, output: found.append(output))
+    paamops.trace(model, x)
+    paamops.trace(hooked, x)
+    assert not any(tensor.is_meta for tensor in (SEEN.pop("last"), model.cache["of"]["grid"], *found))
+    model(x)
 
 
 class Reads(nn.Module):
@@ -228,7 +276,7 @@ def test_the_work_grows_with_the_depth_and_no_faster():
         model = Chain(depth).eval()
         tensors = tracing.named_tensors(model)
         vectors = {name: [torch.arange(size) for size in tensor.shape] for name, tensor in tensors.items()}
-        tracer = tracing.run_without_values(model, tensors, vectors, torch.randn(1, 4, 2, 2))
+        tracer = tracing.run_without_values(model, tensors, vectors, torch.randn(1, 4, 2, 2), tracing.Tracer)
         ops.append(sum(tracer.counts.values()))
         edges.append(sum(len(a) for a, _, _ in tracer.edges))
     assert ops[2] - ops[1] == 4 * (ops[1] - ops[0]) > 0

@@ -428,6 +428,18 @@ def test_averages_of_the_weights_follow(use_buffers):
         torch.testing.assert_close(named_tensors(packed.module)[name], expected)
 
 
+@pytest.mark.parametrize("of_average", [False, True])
+def test_an_average_whose_branches_are_added_by_index(of_average):
+    model, inputs = networks.make(networks.Residual)
+    average = AveragedModel(model)
+    channels = paamops.trace(average if of_average else model, inputs, residual="scatter")
+    keep = random_keep(channels, 0.3)
+    assert channels.hosts
+    small = paamops.pack(average, channels, keep).eval()
+    assert isinstance(small, AveragedModel)
+    torch.testing.assert_close(small(*inputs), paamops.mask(average if of_average else model, channels, keep)(*inputs))
+
+
 def test_an_average_can_be_traced_itself():
     model, inputs = networks.make(networks.Residual)
     average = AveragedModel(model)
