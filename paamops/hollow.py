@@ -40,9 +40,9 @@ SAME_PATH = {
 BY_FORMAT = {
     "convolution", "native_batch_norm", "_native_batch_norm_legit_no_training", "native_group_norm",
     "native_layer_norm", "max_pool2d_with_indices", "max_pool3d_with_indices", "avg_pool2d", "avg_pool3d",
-    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d",
-    "upsample_bilinear2d", "reflection_pad2d", "replication_pad2d", "constant_pad_nd", "pixel_shuffle",
-    "pixel_unshuffle", "cat", "stack",
+    "_adaptive_avg_pool2d", "_adaptive_avg_pool3d", "adaptive_max_pool2d", "upsample_nearest1d",
+    "upsample_nearest2d", "upsample_nearest3d", "upsample_bilinear2d", "reflection_pad2d", "replication_pad2d",
+    "constant_pad_nd", "pixel_shuffle", "pixel_unshuffle", "cat", "stack",
 }  # fmt: skip
 
 
