@@ -417,7 +417,7 @@ def test_tolerance_is_kept_and_spares_time():
     assert errors[1] < 32 * EPSILON  # equal terms round alike, as above
     assert errors[2] < 0.5
     if has_cpp:
-        assert errors[2] > 1e-5  # fewer nodes: it has taken the liberty
+        assert errors[2] > 3 * errors[1]  # fewer nodes: it has taken the liberty
 
 
 def test_no_filters_and_no_layers():
