@@ -383,8 +383,8 @@ def permutation(tracer, op, args, kwargs, out):
     tracer.set(out, Labels(tuple(fields), known.parameter, axes, known.pending))
 
 
-@rule("unsqueeze", "squeeze", "expand", "flip", "repeat", "unsqueeze_", "squeeze_", "pixel_shuffle", "pixel_unshuffle")
-@rule("diagonal", "unfold", "broadcast_to", "repeat_interleave", "transpose_", "t_", "swapaxes")
+@rule("unsqueeze", "squeeze", "expand", "flip", "repeat", "unsqueeze_", "squeeze_", "pixel_unshuffle")
+@rule("pixel_shuffle", "diagonal", "unfold", "broadcast_to", "repeat_interleave", "transpose_", "t_", "swapaxes")
 def movement(tracer, op, args, kwargs, out):
     if any(isinstance(a, torch.Tensor) for a in args[1:]):
         unknown(tracer, op, args, kwargs, out)
@@ -394,6 +394,11 @@ def movement(tracer, op, args, kwargs, out):
         if any(lb.varies(field, d % args[0].dim()) for field in tracer.labels_of(args[0]).fields for d in dims):
             tracer.pin_tensor(args[0], f"{op} picks among them by position")
             return
+    if op._schema.name == "aten::pixel_shuffle":
+        for field in tracer.labels_of(args[0]).fields:
+            if lb.varies(field, field.dim() - 3):  # the filters of one channel: their number stays a multiple of r²
+                rows = tracer.along(field, field.dim() - 3).view(-1, args[1] ** 2)
+                tracer.unite(rows, rows[:, :1])
     functional = getattr(torch.ops.aten, op._schema.name.removeprefix("aten::").removesuffix("_"))
     overload = getattr(functional, op._overloadname)
     fields = [lb.settle(overload(field, *args[1:], **kwargs)) for field in tracer.labels_of(args[0]).fields]
@@ -533,8 +538,9 @@ def constant_pad(tracer, op, args, kwargs, out):
         amounts[-1 - k] = (pad[2 * k], pad[2 * k + 1])
     fields = []
     for field in tracer.labels_of(x).fields:
-        channels = lb.varying(field) or ((1,) if x.dim() > 1 and x.size(1) == 1 else ())
-        across = [d for d in channels if amounts[d] != (0, 0)]
+        # One channel does not change along its axis, and has channels of padding beside it all the same.
+        channels = {*lb.varying(field), *([1] if x.dim() > 1 and x.size(1) == 1 else [])}
+        across = [d for d in sorted(channels) if amounts[d] != (0, 0)]
         if any(n < 0 for d in across for n in amounts[d]):
             tracer.pin(lb.core(field), f"{op} crops them")
         for d in across:  # channels of padding: there whatever is left of the others

@@ -82,6 +82,12 @@ def test_pixel_shuffle_unites_what_one_channel_is_made_of():
     assert not channels.pinned[wide].any()
 
 
+def test_pixel_shuffle_takes_whole_channels_where_each_place_is_read_apart():
+    model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.Flatten(), nn.Linear(2 * 4 * 4, 3))
+    first = sets_of(paamops.trace(model, torch.randn(2, 3, 2, 2)), "0")
+    assert first == [first[0]] * 4 + [first[4]] * 4 != [first[0]] * 8
+
+
 def test_excitation_gates_and_norms():
     channels = traced(networks.Excited)
     assert sets_of(channels, "stem") == sets_of(channels, "excite")
@@ -102,6 +108,21 @@ def test_padded_channels_stay():
     widen = sets_of(channels, "widen")
     assert widen[2:8] == sets_of(channels, "stem")
     assert channels.pinned[widen].tolist() == [True] * 2 + [False] * 6 + [True] * 2
+
+
+def test_one_channel_of_places_is_padded_as_others_are():
+    class OneChannel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.wide, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(1, 5, 1), nn.Conv2d(5, 2, 1)
+
+        def forward(self, x):
+            x = F.pixel_shuffle(self.first(x), 2)  # every place of the one channel is a filter
+            return self.last(self.wide(x) + F.pad(x, (0, 0, 0, 0, 2, 2)))
+
+    channels = paamops.trace(OneChannel(), torch.randn(2, 3, 4, 4))
+    assert channels.pinned[sets_of(channels, "wide")].tolist() == [True] * 5  # the third is the only one of `first`
+    assert "constant channels" in channels.explain()
 
 
 def test_axes_are_the_whole_instruction():
