@@ -45,8 +45,9 @@ def select(channels, scores, *, filters=None, params=None, flops=None, threshold
         threshold: in place of a budget, a number: a set goes when its score is ≤ it (AAP §3.3). Or one number per
             layer, in the order of `channels.layers`; a set is then held against the mean of its filters' thresholds.
         round_to: every layer keeps a multiple of it, or all its filters. Counts are rounded up, within the budget:
-            the threshold rises to pay for it. Filters that other layers share unevenly are rounded by groups of sets
-            that lie on the same layers.
+            the threshold rises to pay for it. What is left of the budget then, up to the cost of a whole step, goes to
+            the best steps that fit. Filters that other layers share unevenly are rounded by groups of sets that lie on
+            the same layers.
 
     Returns:
         Selection
@@ -80,7 +81,12 @@ def select(channels, scores, *, filters=None, params=None, flops=None, threshold
         budget = absolute(name, value, getattr(channels.cost(), name))
         asked = {name: budget}
         keep, reached = _within(channels, means, guarded, name, budget, round_to)
-    keep = _rounded(channels, means, keep, round_to) if round_to > 1 else channels.without_lost(keep, guarded)
+    if round_to == 1:
+        keep = channels.without_lost(keep, guarded)
+    else:
+        keep = _rounded(channels, means, keep, round_to)
+        if name != "threshold":
+            keep = _filled(channels, means, keep, name, budget, round_to)
     return Selection(keep, reached, asked, channels.cost(keep))
 
 
@@ -169,8 +175,6 @@ def _round_up(counts, sizes, round_to):
 
 def _rounded(channels, means, keep, round_to):
     """Add the best of the removed sets of each block until its count is rounded up."""
-    if round_to == 1:
-        return keep
     blocks = channels.blocks
     sizes = torch.bincount(blocks)
     target = _round_up(torch.bincount(blocks[keep], minlength=len(sizes)), sizes, round_to)
@@ -180,3 +184,31 @@ def _rounded(channels, means, keep, round_to):
     place = torch.empty_like(blocks)
     place[torch.from_numpy(order)] = torch.arange(len(order)) - start[blocks[torch.from_numpy(order)]]
     return place < target[blocks]
+
+
+def _filled(channels, means, keep, name, budget, round_to):
+    """Add steps of `round_to` removed sets of one block, the best first (by the best set of each), while they fit.
+
+    One pass is enough: a step that does not fit will not fit in a larger network, nor will a later one of its block.
+    """
+    blocks, full = channels.blocks.numpy(), set()
+    removed = np.flatnonzero(~keep.numpy())
+    order = removed[np.lexsort((removed, -means.numpy()[removed], blocks[removed]))]
+    starts = np.flatnonzero(np.diff(blocks[order], prepend=-1))
+    steps = [
+        of_block[k : k + round_to]
+        for of_block in np.split(order, starts[1:])
+        for k in range(0, len(of_block), round_to)
+    ]
+    steps.sort(key=lambda step: -float(means[step[0]]))
+    for step in steps:
+        block = blocks[step[0]]
+        if block in full:
+            continue
+        larger = keep.clone()
+        larger[step] = True
+        if getattr(channels.cost(larger), name) <= budget:
+            keep = larger
+        else:
+            full.add(block)
+    return keep

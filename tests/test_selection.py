@@ -79,6 +79,24 @@ def test_round_to_keeps_multiples_within_the_budget(network, name):
     assert paamops.select(channels, scores, **{name: 1.0}, round_to=4).keep.all()
 
 
+@pytest.mark.parametrize("name", ["params", "flops", "filters"])
+@pytest.mark.parametrize("network", [networks.Residual, networks.Depthwise, networks.Dense])
+def test_round_to_leaves_no_room_for_another_step(network, name):
+    model, inputs = networks.make(network)
+    channels = paamops.trace(model, inputs)
+    scores = torch.randn(len(channels.sets))
+    means, budget = channels.set_scores(scores), 0.7 * getattr(channels.cost(), name)
+    keep = paamops.select(channels, scores, **{name: 0.7}, round_to=3).keep
+    for block in channels.blocks.unique():
+        removed = ((channels.blocks == block) & ~keep).nonzero().flatten()
+        if not len(removed):
+            continue
+        best = removed[means[removed].sort(descending=True, stable=True).indices]
+        larger = keep.clone()
+        larger[best[:3]] = True
+        assert getattr(channels.cost(larger), name) > budget
+
+
 @pytest.mark.parametrize("_", range(5))
 def test_rounding_up_takes_the_best_of_what_was_removed(_):
     model, inputs = networks.make(networks.Residual)
