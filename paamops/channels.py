@@ -63,7 +63,7 @@ class ChannelMap:
         self._model = weakref.ref(model)
         self.example_inputs = example_inputs
         parameters = {name for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
-        component = components(tracer.edges + tracer.weak, total)
+        component, self.label_count = components(tracer.edges + tracer.weak, total), total
         self.components = {name: tuple(component[v.numpy()] for v in vs) for name, vs in tracer.vectors.items()}
 
         self.layers = [layer for layer in tracer.layers.values() if layer.weight in parameters]
@@ -107,17 +107,17 @@ class ChannelMap:
         }
 
     def _pin(self, pins, component, set_of, count):
-        reasons = np.full(count, "", object)
+        reasons, pinned = np.full(count, "", object), np.zeros(count, bool)
         for labels, reason in reversed(pins):  # the first reason is the one that is told
             ids = set_of[component[labels]]
-            reasons[ids[ids >= 0]] = reason
+            ids = ids[ids >= 0]
+            reasons[ids], pinned[ids] = reason, True
         sets, offsets = self.sets.numpy(), self.offsets.numpy()
         for layer, start, stop in zip(self.layers, offsets, offsets[1:], strict=False):
             only = sets[start:stop]
-            if (only == only[:1]).all() and not reasons[only[:1]].any():
-                reasons[only[:1]] = f"the only channel set of {layer.name}"
-        self.reasons = reasons.tolist()
-        self.pinned = torch.tensor([bool(reason) for reason in self.reasons])
+            if (only == only[:1]).all() and not pinned[only[:1]].any():
+                reasons[only[:1]], pinned[only[:1]] = f"the only channel set of {layer.name}", True
+        self.reasons, self.pinned = reasons.tolist(), torch.from_numpy(pinned)
 
     def _lay_out(self, tensors, parameters, calls, set_of, count, batch, other_flops):
         """Axes, the incidence of sets on them, and the terms of the cost."""
@@ -273,6 +273,8 @@ class ChannelMap:
 
     def _targets(self):
         """(P, 2) int64: a set of a branch that only residual sums read, and the set of its place in a stream, or -1."""
+        if not self.scatters:
+            return np.empty((0, 2), np.int64)
         read = [self.axes[name][axis] for name, axes in self.read_axes.items() for axis in axes]
         read = np.unique(np.concatenate(read)) if read else np.empty(0, np.int64)
         pairs = [np.empty((0, 2), np.int64)]
@@ -437,6 +439,8 @@ def _equal_columns(matrix):
     if matrix.shape[0] == 0:
         return np.zeros(matrix.shape[1], np.int64)
     random = np.random.default_rng(0)  # two 62-bit linear hashes: equal columns collide, others do not
-    hashes = np.stack([matrix.T @ random.integers(1, 2**62, matrix.shape[0]) for _ in range(2)], axis=1)
-    _, first, inverse = np.unique(hashes, axis=0, return_index=True, return_inverse=True)
+    hashes = [matrix.T @ random.integers(1, 2**62, matrix.shape[0]) for _ in range(2)]
+    _, first, inverse = np.unique(hashes[0], return_index=True, return_inverse=True)
+    if (hashes[1] != hashes[1][first][inverse]).any():  # the first alone has let others collide
+        _, first, inverse = np.unique(np.stack(hashes, axis=1), axis=0, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse.ravel()]

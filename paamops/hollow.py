@@ -175,9 +175,15 @@ def emptied(tensors):
     }
 
 
+# What every module has for its hooks: no forward pass puts anything there.
+HOOKS = {name for name, value in vars(torch.nn.Module()).items() if isinstance(value, (dict, set))} - {
+    "_parameters", "_buffers", "_modules",
+}  # fmt: skip
+
+
 @contextlib.contextmanager
-def calling(model, tensors, inputs):
-    """(model, inputs) without values: the model holds the tensors of `tensors`, name -> tensor, and inputs are shapes.
+def calling(model, tensors, meta, inputs):
+    """(model, inputs) without values: the model holds those of `meta` in the place of its `tensors`, both by name.
 
     Whatever the forward pass keeps in its modules' attributes, or in lists, dicts and sets there, is put back: it holds
     no values.
@@ -185,10 +191,14 @@ def calling(model, tensors, inputs):
     inputs = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, inputs)
     spaces = [vars(module) for module in model.modules()]
     before = [dict(space) for space in spaces]
-    held = [value for space in spaces for value in space.values() if isinstance(value, (dict, list, set))]
+    held = [
+        value
+        for space in spaces
+        for name, value in space.items()
+        if isinstance(value, (dict, list, set)) and name not in HOOKS
+    ]
     inside = [copy.copy(value) if value else () for value in held]
-    names = [*model.named_parameters(), *model.named_buffers()]
-    instead = {id(tensor): tensors[name] for name, tensor in names}
+    instead = {id(tensor): meta[name] for name, tensor in tensors.items()}
     try:
         for space in spaces:
             for place in (space["_parameters"], space["_buffers"]):

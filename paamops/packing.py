@@ -287,7 +287,7 @@ def verify(original, small, channels, keep, indices):
 def violations(tracer, channels):
     """What a run shows that the trace does not: {(components, what)}; empty for a network that computes the same."""
     # Where one channel is left, it looks like one that is broadcast: what met there is taken to be right.
-    same = components(tracer.weak, max(int(c.max()) for axes in channels.components.values() for c in axes) + 1)
+    same = components(tracer.weak, channels.label_count) if tracer.weak else np.arange(channels.label_count)
     faults = set()
     for a, b, op in tracer.edges:
         wrong = (same[a] != same[b]).nonzero()[0]
@@ -320,8 +320,9 @@ def _advice(layers):
 
 
 def _meta_run(model, channels, indices):
-    meta = hollow.emptied(tracing.named_tensors(model))
-    with hollow.calling(model, meta, channels.example_inputs) as (call, inputs):
+    tensors = tracing.named_tensors(model)
+    meta = hollow.emptied(tensors)
+    with hollow.calling(model, tensors, meta, channels.example_inputs) as (call, inputs):
         return _run(call, model, meta, channels, indices, inputs)
 
 

@@ -143,7 +143,7 @@ def install(model, indices, full):
     for module in model.modules():
         own = {leaf: plans[id(tensor)] for leaf, tensor in _own(module) if id(tensor) in plans}
         if own:
-            setattr(module, ATTRIBUTE, own)
+            vars(module)[ATTRIBUTE] = own
 
 
 def fingerprints(model):

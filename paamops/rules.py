@@ -521,6 +521,7 @@ def concatenation(tracer, op, args, kwargs, out):
         row = []
         for shape, fields in zip(shapes, parts, strict=True):
             same_kind = [f for f in fields if tuple(d for d in lb.varying(f) if d != dim) == kind]
+            tracer.has_fixed |= not same_kind
             row.append(same_kind[0] if same_kind else torch.full((1,) * out.dim(), FIXED).expand(shape))
         level = [field.narrow(dim, 0, 1) for field in row if kind and field.size(dim) and not lb.varies(field, dim)]
         for field in level[1:]:  # what lies side by side keeps the same channels
@@ -543,6 +544,7 @@ def constant_pad(tracer, op, args, kwargs, out):
         across = [d for d in sorted(channels) if amounts[d] != (0, 0)]
         if any(n < 0 for d in across for n in amounts[d]):
             tracer.pin(lb.core(field), f"{op} crops them")
+        tracer.has_fixed |= bool(across)
         for d in across:  # channels of padding: there whatever is left of the others
             rows = lb.core(field, keep=(d,))
             shape = list(rows.shape)
