@@ -64,7 +64,11 @@ class ChannelMap:
         self.example_inputs = example_inputs
         parameters = {name for name, tensor in tensors.items() if isinstance(tensor, torch.nn.Parameter)}
         component, self.label_count = components(tracer.edges + tracer.weak, total), total
-        self.components = {name: tuple(component[v.numpy()] for v in vs) for name, vs in tracer.vectors.items()}
+        # The axes' labels are counted through, in order: those of an axis are a stretch.
+        ends = np.cumsum([0, *(v.size(0) for vs in tracer.vectors.values() for v in vs)]).tolist()
+        stretches = iter([slice(a, b) for a, b in itertools.pairwise(ends)])
+        stretches = {name: [next(stretches) for _ in vs] for name, vs in tracer.vectors.items()}
+        self.components = {name: tuple(component[s] for s in axes) for name, axes in stretches.items()}
 
         self.layers = [layer for layer in tracer.layers.values() if layer.weight in parameters]
         self.constants = {each.weight: each.axis for each in tracer.layers.values() if each.weight not in parameters}
@@ -91,11 +95,12 @@ class ChannelMap:
         ]
         self.unused = [name for name in parameters if name not in tracer.used and tensors[name].dim() > 1]
         self._pin(tracer.pins + tracer.weak_pins, component, set_of, count)
-        self._lay_out(tensors, parameters, tracer.calls, set_of, count, batch, tracer.other_flops)
+        self._lay_out(tensors, parameters, tracer.calls, stretches, set_of[component], count)
+        self.batch, self.other_flops = batch, tracer.other_flops
         self._find_activations(tracer.calls, component, {str(op): n for op, n in tracer.counts.items()})
         self.depthwise = {layer.weight for layer in tracer.layers.values() if layer.kind.startswith("depthwise")}
-        weights = {layer.weight for layer in self.layers} | set(self.unused)
-        matrices = [name for name in tensors if name in parameters - weights and tensors[name].dim() > 1]
+        others = parameters - {layer.weight for layer in self.layers} - set(self.unused)
+        matrices = [name for name in tensors if name in others and tensors[name].dim() > 1]
         self.whole = [name for name in matrices if all(ids is None for ids in self.axes[name])]
         self.read_axes = {
             name: [axis for axis in sorted(axes) if self.axes[name][axis] is not None]
@@ -119,16 +124,17 @@ class ChannelMap:
                 reasons[only[:1]], pinned[only[:1]] = f"the only channel set of {layer.name}", True
         self.reasons, self.pinned = reasons.tolist(), torch.from_numpy(pinned)
 
-    def _lay_out(self, tensors, parameters, calls, set_of, count, batch, other_flops):
-        """Axes, the incidence of sets on them, and the terms of the cost."""
+    def _lay_out(self, tensors, parameters, calls, stretches, sets, count):
+        """Axes, the incidence of sets on them, and the terms of the cost; `sets` of all labels, `stretches` of them."""
         self.axes, numbers, members = {}, {}, []
         slots, fixed = [], []
         names = list(tensors)
+        covered = np.concatenate([[0], np.cumsum(sets >= 0)])
         for name in names:
             arrays, slot, size = [], [], 1
-            for along in self.components[name]:
-                ids = set_of[along]
-                if (ids < 0).all():
+            for stretch in stretches[name]:
+                ids = sets[stretch]
+                if covered[stretch.start] == covered[stretch.stop]:
                     arrays.append(None)
                     size *= len(ids)
                     continue
@@ -165,8 +171,6 @@ class ChannelMap:
         self._positions = np.array([positions[name] for name in names], np.int64)
         place = {name: number for number, name in enumerate(names)}
         self._weights = np.array([place[layer.weight] for layer in self.layers], np.int64)
-        self.batch = batch
-        self.other_flops = other_flops
 
     def _find_activations(self, calls, component, counts):
         """Where in the sequence of ATen ops the activation of each filter appears.

@@ -79,16 +79,17 @@ class Tracer(TorchDispatchMode):
             self.refused = True
             raise RuntimeError(f"{op} may run otherwise on the CPU")
         out = hollow.result(op, self.inputs, args, kwargs)
+        outputs = [out] if isinstance(out, torch.Tensor) else self.tensors((out,), {})
         if self.without_values:
             given = set(map(id, self.inputs))  # in place
-            self.made += [weakref.ref(t) for t in self.tensors((out,), {}) if id(t) not in given]
+            self.made += [weakref.ref(t) for t in outputs if id(t) not in given]
         self.counts[op] = self.counts.get(op, 0) + 1
         labelled = [self.known[t] for t in self.inputs if t in self.known]
         self.used.update(each.parameter for each in labelled if each.parameter)
         calls = len(self.calls)
         if labelled:
             rules.find(op)(self, op, args, kwargs, out)
-        self.inputs = self.tensors((out,), {})  # what fails before the next op has run was most likely given these
+        self.inputs = outputs  # what fails before the next op has run was most likely given these
         if len(self.calls) == calls:
             self.other_flops += other_flops(op, args, kwargs, out)
         return out
@@ -310,7 +311,11 @@ def run_without_values(model, tensors, vectors, inputs, make):
     meta = hollow.emptied(tensors)
     tracer = make(meta, vectors, without_values=True)
     try:
-        with hollow.calling(model, tensors, meta, inputs) as (call, shapes), evaluating(model), unfused_attention(model, tracer):
+        with (
+            hollow.calling(model, tensors, meta, inputs) as (call, shapes),
+            evaluating(model),
+            unfused_attention(model, tracer),
+        ):
             follow(tracer, call, shapes)
     except ForwardError:  # what it is, the run with values says
         return None
