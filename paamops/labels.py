@@ -122,9 +122,15 @@ def resized(field, shape):
     return field.expand(shape)
 
 
+def ends(edges):
+    """All labels on the one side of the edges, and on the other."""
+    if not edges:
+        return np.empty(0, np.int64), np.empty(0, np.int64)
+    return torch.cat([edge[0] for edge in edges]).numpy(), torch.cat([edge[1] for edge in edges]).numpy()
+
+
 def components(edges, total):
     """Union-find over the labels: for every label the number of its component."""
-    a = np.concatenate([edge[0] for edge in edges]) if edges else np.empty(0, np.int64)
-    b = np.concatenate([edge[1] for edge in edges]) if edges else np.empty(0, np.int64)
+    a, b = ends(edges)
     graph = coo_array((np.ones(len(a), np.int8), (a, b)), shape=(total, total))
     return connected_components(graph, directed=False)[1].astype(np.int64)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from paamops import hollow, optimizers, plan, scattering, tracing
-from paamops.labels import components
+from paamops.labels import components, ends
 from paamops.ops.pack_channels import pack_channels
 from paamops.wrapping import unwrapped
 
@@ -289,9 +289,13 @@ def violations(tracer, channels):
     # Where one channel is left, it looks like one that is broadcast: what met there is taken to be right.
     same = components(tracer.weak, channels.label_count) if tracer.weak else np.arange(channels.label_count)
     faults = set()
-    for a, b, op in tracer.edges:
-        wrong = (same[a] != same[b]).nonzero()[0]
-        faults |= {((int(a[k]), int(b[k])), f"{op} brings together what the trace keeps apart") for k in wrong.tolist()}
+    a, b = ends(tracer.edges)
+    wrong = (same[a] != same[b]).nonzero()[0]
+    if len(wrong):
+        ops = [op for labels, _, op in tracer.edges for _ in range(len(labels))]
+        faults = {
+            ((int(a[k]), int(b[k])), f"{ops[k]} brings together what the trace keeps apart") for k in wrong.tolist()
+        }
     for pinned, reason in tracer.pins:
         wrong = channels.removable(pinned).nonzero()[0]
         faults |= {((int(pinned[k]),), f"channels that may go should stay, since {reason}") for k in wrong.tolist()}

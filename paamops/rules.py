@@ -22,6 +22,9 @@ def rule(*names):
     return register
 
 
+full_name = functools.cache(str)  # of an op
+
+
 @functools.cache
 def find(op):
     """The rule for an ATen overload, or the one that pins."""
@@ -148,12 +151,12 @@ def product_of_activations(tracer, op, args, kwargs, out):
 @rule("_batch_norm_no_update", "_batch_norm_with_update", "miopen_batch_norm", "batch_norm")
 def batch_norm(tracer, op, args, kwargs, out):
     x = args[0]
-    vector = tracer.vector(x, 1)
-    for field in tracer.labels_of(x).fields:
-        if lb.varying(field) and not lb.varies(field, 1):
+    vector, fields = tracer.vector(x, 1), tracer.labels_of(x).fields
+    for field in fields:
+        if not lb.varies(field, 1) and lb.varying(field):
             tracer.pin(lb.core(field), f"{op} normalises over several of them at once")
     if vector is None:
-        tracer.carry(out[0], tracer.labels_of(x).fields, (x,))
+        tracer.carry(out[0], fields, (x,))
         return
     scale = tracer.labels_of(args[1])
     if scale.parameter is not None and args[1].dim() == 1:
@@ -248,7 +251,7 @@ def pointwise(tracer, op, args, kwargs, out):
 
 def finish_pointwise(tracer, op, args, kwargs, out, fields, tensors):
     numbers = [a for a in (*args, *kwargs.values()) if isinstance(a, (int, float)) and not isinstance(a, bool)]
-    tracer.scalars.append((str(op), numbers))
+    tracer.scalars.append((full_name(op), numbers))
     tracer.carry(out, fields, tensors, candidate=True)
 
 

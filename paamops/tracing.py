@@ -7,7 +7,6 @@ No list of layer types and no second-guessing of the model's code: labels flow t
 import contextlib
 import weakref
 
-import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -128,10 +127,13 @@ class Tracer(TorchDispatchMode):
             dims = lb.varying(bearing[0]) if len(bearing) == 1 else (0,)
             dim = dims[0] if dims else 1
             if len(dims) <= 1 and 0 < dim < out.dim():
-                place = (str(self.op), self.counts[self.op] - 1, dim)
-                seen = (place, lb.core(bearing[0], keep=(dim,)).reshape(-1))
+                seen = (self.place(dim), lb.row(bearing[0], dim))
                 pending = dict.fromkeys(pending, seen)
         self.set(out, Labels(fields, pending=tuple(pending.items())))
+
+    def place(self, dim):
+        """Where the activation of a layer's filters appears: (op, how manieth call of it, channel dimension)."""
+        return rules.full_name(self.op), self.counts[self.op] - 1, dim
 
     def close(self, tensor):
         """A layer reads the tensor, or it leaves the model: what it carries is the activation of its filters."""
@@ -148,7 +150,7 @@ class Tracer(TorchDispatchMode):
         reads, issues = axes
         self.read_axes.setdefault(name, set()).update(() if reads is None else (reads,))
         call = len(self.calls)
-        seen = ((str(self.op), self.counts[self.op] - 1, dim), rows)
+        seen = (self.place(dim), rows)
         self.calls.append({"weight": name, "axis": issues, "positions": positions, "activations": [seen]})
         if name not in self.layers:
             self.layers[name] = Layer(name.removesuffix(".weight"), name, kind, tuple(out.shape[1:]), rows, issues)
@@ -207,13 +209,11 @@ class Tracer(TorchDispatchMode):
                 if a.size(d) > 1 and a.stride(d) == 0 and b.stride(d) == 0:
                     a, b = a.narrow(d, 0, 1), b.narrow(d, 0, 1)
             a, b = a.reshape(-1), b.reshape(-1)
-        a, b = a.numpy(), b.numpy()
-        if self.has_fixed and np.minimum(a, b).min(initial=0) < 0:
+        if self.has_fixed:
             fixed = (a == FIXED) | (b == FIXED)
-            self.pin(
-                torch.from_numpy(np.concatenate([a[fixed], b[fixed]])), f"{self.op} meets them with constant channels"
-            )
-            a, b = a[~fixed], b[~fixed]
+            if fixed.any():
+                self.pin(torch.cat([a[fixed], b[fixed]]), f"{self.op} meets them with constant channels")
+                a, b = a[~fixed], b[~fixed]
         (self.weak if weak else self.edges).append((a, b, self.op))
 
     def pin(self, labels, reason, weak=False):
