@@ -33,7 +33,7 @@ from . import machine, peer_rows
 RESULTS = pathlib.Path(__file__).parent / "results"
 RATIO = 0.3
 # Network, side of the images, how many times faster it is to be than the dependency graph, than the pruner's
-# construction, than that and `step()`.
+# construction, than that and `step()`, which is left out where nothing is asked: it would take minutes a time.
 NETWORKS = (("resnet50", 224, 1, None, 3), ("densenet121", 64, None, 3, 15), ("densenet264", 64, None, 10, None))
 DEPTHS = (100, 300, 1000)
 PATIENCE = 60  # seconds that one measurement of growth may take
@@ -84,40 +84,45 @@ def parameters(model):
     return sum(p.numel() for p in model.parameters())
 
 
-def in_turns(name, side, rounds):
-    """Name of a job -> its seconds, one of each round; and the share of the parameters that both leave."""
+def in_turns(name, side, rounds, whole_jobs):
+    """Name of a job -> its seconds, one of each round; with `whole_jobs`, the share of the parameters that both leave."""
     import torch_pruning as tp
 
     model, x = ARCHITECTURES[name].make().eval(), torch.randn(1, 3, side, side)
-    whole = parameters(model)
-    times = {job: [] for job in ("trace", "whole job", "dependency graph", "construction", "construction and step")}
-    pruned = copy.deepcopy(model)
-    construct(pruned, x).step()  # warms up, and says how many parameters to ask for
-    target = parameters(pruned)
-    whole_job(model, x, target)
+    times = {job: [] for job in ("trace", "dependency graph", "construction")}
+    left = None
+    if whole_jobs:
+        times |= {"whole job": [], "construction and step": []}
+        pruned, whole = copy.deepcopy(model), parameters(model)
+        construct(pruned, x).step()  # warms up, and says how many parameters to ask for
+        target = parameters(pruned)
+        small = whole_job(model, x, target)
+        assert parameters(small) <= target
+        left = {"asked": target / whole, "paamops": parameters(small) / whole, "torch-pruning": target / whole}
     for _ in range(rounds):
         times["trace"].append(seconds(lambda: paamops.trace(model, x))[1])
         times["dependency graph"].append(seconds(lambda: tp.DependencyGraph().build_dependency(model, x))[1])
-        small, spent = seconds(lambda: whole_job(model, x, target))
-        times["whole job"].append(spent)
+        if whole_jobs:
+            times["whole job"].append(seconds(lambda: whole_job(model, x, target))[1])
         other = copy.deepcopy(model)
         pruner, spent = seconds(lambda: construct(other, x))  # noqa: B023 (called at once)
         times["construction"].append(spent)
-        times["construction and step"].append(spent + seconds(pruner.step)[1])
-    assert parameters(small) <= target
-    return times, {"asked": target / whole, "paamops": parameters(small) / whole, "torch-pruning": target / whole}
+        if whole_jobs:
+            times["construction and step"].append(spent + seconds(pruner.step)[1])
+    return times, left
 
 
 def fast(rounds, networks=NETWORKS):
     rows = []
     for name, side, graph, construction, job in networks:
-        times, left = in_turns(name, side, rounds)
+        times, left = in_turns(name, side, rounds, whole_jobs=job is not None)
         medians = {each: 1e3 * statistics.median(values) for each, values in times.items()}
         where = f"{name}, {side}²"
         rows.append(row(f"{where}: trace | dependency graph", medians["trace"], medians["dependency graph"], graph))
         rows.append(row(f"{where}: trace | construction", medians["trace"], medians["construction"], construction))
-        title = f"{where}: trace, l2, select and pack | construction and `step()`"
-        rows.append(row(title, medians["whole job"], medians["construction and step"], job) | {"left": left})
+        if job is not None:
+            title = f"{where}: trace, l2, select and pack | construction and `step()`"
+            rows.append(row(title, medians["whole job"], medians["construction and step"], job) | {"left": left})
         print(*rows[-3:], sep="\n", flush=True)
     return rows
 

@@ -1,6 +1,5 @@
 """The comparison with torch-pruning: what must hold holds of paamops, and the experiments see what does not."""
 
-import inspect
 import json
 
 import pytest
@@ -9,17 +8,10 @@ import torch
 import paamops
 from bench import peer_rows, peer_torch_pruning, tables
 
-KEEPS_OPTIMIZERS = "optimizer" in inspect.signature(paamops.pack).parameters
-
 
 @pytest.mark.parametrize("title", peer_rows.ROWS)
 @pytest.mark.filterwarnings("ignore")
 def test_it_holds_of_paamops(title):
-    if not KEEPS_OPTIMIZERS and peer_rows.ROWS[title] in (
-        peer_rows.optimizer_goes_on,
-        peer_rows.kept_parameter_hooks,
-    ):
-        pytest.skip("pack does not take an optimizer, or hooks of parameters, along")
     holds, seen = peer_rows.ROWS[title](peer_rows.ours)
     assert holds, seen
 
@@ -83,8 +75,9 @@ def test_the_rows_run_on_torch_pruning():
 @pytest.mark.filterwarnings("ignore")
 def test_times_are_taken_in_turns():
     pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
-    rows = peer_torch_pruning.fast(1, [("mobilenetv3-small", 32, 1, None, 2)])
-    assert [row["target"] for row in rows] == [1, None, 2]
+    small = ("mobilenetv3-small", 32)
+    rows = peer_torch_pruning.fast(1, [(*small, None, 3, None), (*small, 1, None, 2)])
+    assert [row["target"] for row in rows] == [None, 3, 1, None, 2]
     assert all(row["ratio"] == pytest.approx(row["theirs"] / row["ours"]) for row in rows)
     assert rows[-1]["left"]["paamops"] <= rows[-1]["left"]["asked"]
 
