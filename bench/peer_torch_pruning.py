@@ -85,7 +85,7 @@ def parameters(model):
 
 
 def in_turns(name, side, rounds, whole_jobs):
-    """Name of a job -> its seconds, one of each round; with `whole_jobs`, the share of the parameters that both leave."""
+    """Name of a job -> its seconds, one of each round; with `whole_jobs`, the share of parameters that both leave."""
     import torch_pruning as tp
 
     model, x = ARCHITECTURES[name].make().eval(), torch.randn(1, 3, side, side)

@@ -82,11 +82,19 @@ def made(network, **settings):
 
 
 def scatter(network):
-    """Parameters away from their start, scores on both sides of 1."""
+    """Parameters away from their start."""
     with torch.no_grad():
         network.value.normal_()
         network.bias.add_(0.3 * torch.randn_like(network.bias))
     return network
+
+
+def centre(network, channels):
+    """Biases that put the attention of the free filters around 0: leaky exponentials lie on both sides of 1."""
+    with torch.no_grad():
+        scores, _ = network()
+        attention = torch.where(scores > 1, (scores - 1) / network.slope, scores.log())
+        network.bias.sub_(attention[~channels.pinned[channels.sets]].mean())
 
 
 def gradients(network, parameters, scores, total, weights):
@@ -99,6 +107,8 @@ def gradients(network, parameters, scores, total, weights):
 def test_against_the_formula(network, settings):
     model, channels, attention = made(network, slope=0.2, temperature=1.7, **settings)
     scatter(attention)
+    if settings["activation"] == "leaky_exponential":
+        centre(attention, channels)
     scores, total = attention()
     parameters = [attention.projection, attention.value, attention.bias]
     exact = [parameter.detach().double().requires_grad_() for parameter in parameters]
