@@ -206,7 +206,8 @@ def _check_indices(tensors, pool, slots):
     uses = {}  # (position in the pool, size of the axis) -> the first tensor and dimension of that kind
     places = [(t, dim, size) for t, tensor in enumerate(tensors) for dim, size in enumerate(tensor.shape)]
     for slot, (t, dim, size) in zip(slots, places, strict=True):
-        uses.setdefault((slot, size), (t, dim))
+        if slot >= 0:  # the others are whole axes
+            uses.setdefault((slot, size), (t, dim))
     filled = [slot for slot, vector in enumerate(pool) if len(vector)]
     if not filled:
         return

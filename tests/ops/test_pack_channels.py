@@ -344,3 +344,17 @@ def test_large_gradients():
             full = [torch.arange(n) if axis is None else axis for n, axis in zip(shape, axes, strict=True)]
             expected[torch.meshgrid(*full, indexing="ij")] = grad
             assert torch.equal(leaf.grad, expected)
+
+
+def test_indices_are_checked_before_a_kernel_that_does_not(monkeypatch):
+    """As on a GPU, and where C++ is not built: right ones pass, beside axes that stay whole, and wrong ones do not."""
+    monkeypatch.setattr("paamops.ops.pack_channels.compiled", None)
+    x, y = torch.randn(4, 6, 3), torch.randn(6)
+    some, few = torch.tensor([1, 2, 5]), torch.tensor([0, 3])
+    packed = pack_channels([x, y], [(few, some, None), (some,)])
+    assert torch.equal(packed[0], x[few][:, some])
+    assert torch.equal(packed[1], y[some])
+    with pytest.raises(ValueError, match=r"indices\[0\]\[1\] must be strictly increasing, but has 5 before 2"):
+        pack_channels([x, y], [(None, torch.tensor([1, 5, 2]), None), (None,)])
+    with pytest.raises(ValueError, match=r"indices\[1\]\[0\] must be within 0\.\.5"):
+        pack_channels([x, y], [(None, None, None), (torch.tensor([2, 6]),)])
