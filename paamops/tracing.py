@@ -364,25 +364,15 @@ def leaves(tree, seen=None):
 
 def named_tensors(model):
     """Every parameter and buffer once, by its first name: as `named_parameters` and `named_buffers`, in one walk."""
-    found, modules = {}, {}
-    _walk(model, "", modules)
+    found, modules = {}, list(model.named_modules())
     for kind in ("_parameters", "_buffers"):
         seen = set()
-        for module, path in modules.items():
-            for name, tensor in vars(module)[kind].items():
+        for path, module in modules:
+            for name, tensor in getattr(module, kind).items():
                 if tensor is not None and id(tensor) not in seen:
                     seen.add(id(tensor))
                     found[f"{path}.{name}" if path else name] = tensor
     return found
-
-
-def _walk(module, path, found):
-    """Module -> path, of this one and all inside it, each once: `named_modules`, ten times faster."""
-    if module not in found:
-        found[module] = path
-        for name, child in vars(module)["_modules"].items():
-            if child is not None:
-                _walk(child, f"{path}.{name}" if path else name, found)
 
 
 def names_of(model, tensors, pinned):
